@@ -1,0 +1,3 @@
+from .op import batch_invariant, checks, explain, wkv7, wkv7_step_
+
+__all__ = ["batch_invariant", "checks", "explain", "wkv7", "wkv7_step_"]

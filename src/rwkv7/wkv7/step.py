@@ -1,0 +1,148 @@
+"""`wkv7_step_`: one token for a batch of sequences, the state pool updated in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contract import (
+    check_decay_form,
+    check_input_values,
+    check_inputs,
+    checks_wanted,
+    log_decay,
+    state_dtype,
+)
+
+
+def wkv7_step_(
+    r: Tensor,  # [B, H, K]
+    w: Tensor,  # [B, H, K]
+    k: Tensor,  # [B, H, K]
+    v: Tensor,  # [B, H, V]
+    a: Tensor,  # [B, H, K]
+    b: Tensor,  # [B, H, K]
+    state: Tensor,  # [P, H, V, K]
+    *,
+    decay: str = "logit",
+    slots: Tensor | None = None,  # [B]
+) -> Tensor:
+    """One token of `wkv7` for B sequences, updating rows of the pool `state` **in place**.
+
+    Args:
+        r, w, k, v, a, b: as in `wkv7`, without the time axis.
+        state: a pool of P states, [P, H, V, K], float32 (float64 for float64 inputs); changed.
+        decay: the form of w, as in `wkv7`.
+        slots: the row of the pool that each sequence uses, [B], int32 or int64; -1 skips a row,
+            whose y is 0. None means row i for sequence i (then P = B).
+
+    Returns:
+        y [B, H, V] in the dtype of v.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit; a slot out of range or
+            named twice and NaN (on the CPU, elsewhere inside `rwkv7.checks()`).
+        RuntimeError: a tensor requires grad while grad mode is on; a step is for inference only.
+    """
+    inputs = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    check_decay_form(decay)
+    check_inputs(inputs, 3)
+    _check_pool(state, slots, r, v)
+    for name, x in {**inputs, "state": state}.items():
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                f"{name}: requires grad, and wkv7_step_ changes the state in place, for inference "
+                "only. Use wkv7 with T = 1, or torch.no_grad()"
+            )
+    return _step(r, w, k, v, a, b, state, decay, slots)
+
+
+def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"state: expected a torch.Tensor, found {type(state).__name__}")
+    B, H, K, V = *r.shape, v.shape[-1]
+    rows = "B" if slots is None else "P"
+    if state.dim() != 4 or tuple(state.shape[1:]) != (H, V, K):
+        raise ValueError(
+            f"state: expected [{rows}, H, V, K] = [{rows}, {H}, {V}, {K}], found "
+            f"{list(state.shape)}. flash-linear-attention keeps [{rows}, {H}, {K}, {V}]: convert "
+            "it with rwkv7.state_from_fla"
+        )
+    if slots is None and state.shape[0] != B:
+        raise ValueError(
+            f"state: expected {B} rows, one a sequence, found {state.shape[0]}; "
+            "give slots to choose rows of a larger pool"
+        )
+    if state.dtype != state_dtype(v.dtype):
+        raise TypeError(f"state: expected {state_dtype(v.dtype)}, found {state.dtype}")
+    if state.device != r.device:
+        raise ValueError(f"state: expected the device {r.device}, found {state.device}")
+    if slots is None:
+        return
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"slots: expected int32 or int64, found {slots.dtype}")
+    if tuple(slots.shape) != (B,):
+        raise ValueError(f"slots: expected the shape [{B}], found {list(slots.shape)}")
+    if slots.device != r.device:
+        raise ValueError(f"slots: expected the device {r.device}, found {slots.device}")
+
+
+@torch.library.custom_op("rwkv7::wkv7_step_", mutates_args=("state",))
+def _step(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    decay: str,
+    slots: Tensor | None,
+) -> Tensor:
+    if r.device.type == "cpu" or checks_wanted():
+        check_input_values({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, decay)
+        if slots is not None:
+            _check_slots(slots, state.shape[0])
+    dtype, v_dtype = state.dtype, v.dtype
+    with torch.autocast(r.device.type, enabled=False):
+        r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
+        d = log_decay(w, decay, dtype).exp()
+        # A skipped row reads row 0 and writes nothing back.
+        rows = None if slots is None else slots.clamp(min=0)
+        S = state if rows is None else state[rows]
+        Sa = S @ a[..., None]
+        S = S * d[:, :, None, :] + Sa * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
+        y = (S @ r[..., None]).squeeze(-1)
+    if slots is None:
+        state.copy_(S)
+    else:
+        used = slots >= 0
+        state.index_copy_(0, slots[used].long(), S[used])
+        y = torch.where(used[:, None, None], y, 0.0)
+    return y.to(v_dtype)
+
+
+@_step.register_fake
+def _(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    decay: str,
+    slots: Tensor | None,
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _check_slots(slots: Tensor, pool: int) -> None:
+    used = slots[slots >= 0]
+    if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= pool):
+        raise ValueError(
+            f"slots: expected -1 (skip) or rows 0 to {pool - 1} of the pool, found "
+            f"{int(slots.min())} to {int(slots.max())}"
+        )
+    if used.unique().numel() != used.numel():
+        raise ValueError(f"slots: a row may be named once only, found {slots.tolist()}")
