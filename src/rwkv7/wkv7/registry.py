@@ -17,6 +17,7 @@ from .contract import Call
 
 # In order of preference: a call that names no backend gets the first that accepts it.
 _TABLE = {
+    "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
     "reference": "rwkv7.wkv7.backends.reference:ReferenceBackend",
 }
 

@@ -62,6 +62,6 @@ def _recurrence(call: Call) -> tuple[Tensor, Tensor]:
             S = S + torch.einsum("bhv,bhk->bhvk", v[:, t], k[:, t])
             ys.append(torch.einsum("bhvk,bhk->bhv", S, r[:, t]))
         finals.append(S)
-    y = torch.stack(ys, 1) if ys else torch.zeros_like(v)
+    y = torch.stack(ys, 1) if ys else v.clone()
     state = torch.cat(finals) if finals else initial
     return y.to(call.v.dtype), state.clone()
