@@ -51,27 +51,38 @@ class _Draw:
         self.generator = generator
 
     def uniform_(self, weight: Tensor, bound: float) -> None:
-        x = torch.empty(weight.shape, dtype=torch.float32, device=self.device)
+        x = self._scratch(weight)
         weight.copy_(x.uniform_(-bound, bound, generator=self.generator))
 
     def orthogonal_(self, weight: Tensor, gain: float) -> None:
         """Orthonormal columns, or rows when there are fewer of them, times `gain`."""
         rows, columns = weight.shape
-        x = torch.empty(
-            max(rows, columns), min(rows, columns), dtype=torch.float32, device=self.device
-        )
-        q = _orthonormal(x.normal_(generator=self.generator))
-        weight.copy_((q if rows >= columns else q.T) * gain)
+        tall = rows >= columns
+        x = self._scratch(weight if tall else weight.T)
+        q = _orthonormal(x.normal_(generator=self.generator), gain)
+        if q is not weight:
+            weight.copy_(q if tall else q.T)
+
+    def _scratch(self, weight: Tensor) -> Tensor:
+        # The parameter's own memory where it will do: a head may be most of a small model.
+        if weight.dtype == torch.float32 and weight.device == self.device:
+            return weight
+        return torch.empty(weight.shape, dtype=torch.float32, device=self.device)
 
 
-def _orthonormal(x: Tensor) -> Tensor:
+def _orthonormal(x: Tensor, gain: float) -> Tensor:
     # The factor Q of x = QR with a positive diagonal in R is uniform over such matrices. For
-    # tall Gaussian matrices, whose condition is below 6, Cholesky gives it in half the time.
+    # tall Gaussian matrices, whose condition is below 6, R may come from Cholesky and Q from its
+    # inverse: matrix products alone, and the same digits. By pieces, in place: a head is large.
     if x.shape[0] >= 2 * x.shape[1]:
         r = torch.linalg.cholesky(x.T @ x, upper=True)
-        return torch.linalg.solve_triangular(r, x, upper=True, left=False)
+        identity = gain * torch.eye(len(r), dtype=x.dtype, device=x.device)
+        inverse = torch.linalg.solve_triangular(r, identity, upper=True)
+        for rows in x.split(4096):
+            rows.copy_(rows @ inverse)
+        return x
     q, r = torch.linalg.qr(x)
-    return q * r.diagonal().sign()
+    return q.mul_(gain * r.diagonal().sign())
 
 
 def _identity_(norm: nn.LayerNorm) -> None:

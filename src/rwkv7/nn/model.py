@@ -82,8 +82,10 @@ class RWKV7(nn.Module):
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.width
-        # Made without memory first: the modules' own initialisation would be thrown away.
-        self.emb = nn.Embedding(V, C, dtype=dtype, device="meta")
+        # Made without memory first: the modules' own initialisation would be thrown away. (An
+        # embedding given its weight does not begin with one.)
+        table = torch.empty(V, C, dtype=dtype, device="meta")
+        self.emb = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(
             Block(config, layer, dtype, "meta") for layer in range(config.layers)
         )
@@ -91,7 +93,12 @@ class RWKV7(nn.Module):
         self.head = nn.Linear(C, V, bias=False, dtype=dtype, device="meta")
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
-            self.to_empty(device=device)
+            # Not to_empty(), which takes half a second to import what it asks of meta tensors.
+            empty = {
+                name: torch.empty(x.shape, dtype=x.dtype, device=device)
+                for name, x in self.named_parameters()
+            }
+            self.load_state_dict(empty, assign=True)
             initialise_(self)
 
     @property
