@@ -9,6 +9,7 @@ from .state import (
     state_to_fla,
     state_to_official,
 )
+from .weights import load_model, save_model
 from .wkv7 import batch_invariant, checks, explain, wkv7, wkv7_step_
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "batch_invariant",
     "checks",
     "explain",
+    "load_model",
+    "save_model",
     "state_from_fla",
     "state_from_official",
     "state_to_fla",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv7.config import ModelConfig
 
+from .linear import Linear
 from .token_shift import Packing, token_shift
 
 
@@ -25,8 +26,8 @@ class ChannelMix(nn.Module):
         super().__init__()
         C, F = config.width, config.ffn_size
         self.x_k = nn.Parameter(torch.empty(C, dtype=dtype, device=device))
-        self.key = nn.Linear(C, F, bias=False, dtype=dtype, device=device)
-        self.value = nn.Linear(F, C, bias=False, dtype=dtype, device=device)
+        self.key = Linear(C, F, dtype, device)
+        self.value = Linear(F, C, dtype, device)
 
     def forward(
         self, x: Tensor, shift: Tensor | None, packed: Packing | None = None

@@ -15,6 +15,7 @@ from rwkv7.state import LayerState, ModelState
 
 from .channel_mix import ChannelMix
 from .init import initialise_
+from .linear import Linear
 from .time_mix import TimeMix
 from .token_shift import Packing, packing
 
@@ -90,7 +91,7 @@ class RWKV7(nn.Module):
             Block(config, layer, dtype, "meta") for layer in range(config.layers)
         )
         self.ln_out = nn.LayerNorm(C, dtype=dtype, device="meta")
-        self.head = nn.Linear(C, V, bias=False, dtype=dtype, device="meta")
+        self.head = Linear(C, V, dtype, "meta")
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             # Not to_empty(), which takes half a second to import what it asks of meta tensors.

@@ -14,6 +14,7 @@ from rwkv7.config import ModelConfig
 from rwkv7.state import wide_dtype
 from rwkv7.wkv7 import wkv7
 
+from .linear import Linear
 from .token_shift import Packing, token_shift
 
 # Group norm's eps is 64e-5 for heads of 64: one 1e-5 for each channel of a head.
@@ -41,9 +42,6 @@ class TimeMix(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
-        def linear() -> nn.Linear:
-            return nn.Linear(C, C, bias=False, dtype=dtype, device=device)
-
         self.heads, self.head_size = H, N
         self.x_r, self.x_w, self.x_k = empty(C), empty(C), empty(C)
         self.x_v, self.x_a, self.x_g = empty(C), empty(C), empty(C)
@@ -58,7 +56,9 @@ class TimeMix(nn.Module):
         D = config.gate_rank
         self.g1, self.g2 = empty(C, D), empty(D, C)
         self.k_k, self.k_a, self.r_k = empty(C), empty(C), empty(H, N)
-        self.receptance, self.key, self.value, self.output = (linear() for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (
+            Linear(C, C, dtype, device) for _ in range(4)
+        )
         self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS * N, dtype=dtype, device=device)
 
     def forward(
