@@ -1,15 +1,84 @@
-"""Writing a file so that its name always holds a whole one: the old until the new is complete.
+"""Files: written so that a name always holds a whole one, and tensors read without executing any.
 
-What goes into the file is the caller's affair.
+What goes into a file, and what its tensors mean, is the caller's affair.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """An open file of tensors as a mapping that reads each when it is asked for.
+
+    Attributes:
+        metadata: the texts that a .safetensors file keeps beside its tensors.
+    """
+
+    def __init__(
+        self,
+        names: dict[str, str],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """`names` maps the names given out to those that `read` takes."""
+        self._names = names
+        self._read = read
+        self.metadata = metadata
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike[str], prefix: str = "") -> Iterator[TensorFile]:
+    """The tensors of a .safetensors or PyTorch file (.pth) on the CPU; no code in it is run.
+
+    Args:
+        path: the suffix .safetensors decides; everything else is read as PyTorch's.
+        prefix: taken off names that begin with it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or holds something else than named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise _unreadable(path, error) from None
+        with opened as file:
+            names = {name.removeprefix(prefix): name for name in file.keys()}  # noqa: SIM118
+            yield TensorFile(names, file.get_tensor, file.metadata() or {})
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of named tensors, found something else")
+    names = {name.removeprefix(prefix): name for name in content}
+    yield TensorFile(names, content.__getitem__, {})
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -48,3 +117,12 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    return ValueError(
+        f"{path}: cannot be read as a {kind} file of tensors: it is truncated, damaged or "
+        f"something else ({reason})"
+    )

@@ -6,14 +6,22 @@ is the caller's affair: a model takes one and gives one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
+from .files import open_tensors, write_atomically
+
+# What a state file says of itself. The version rises when older readers would misread it.
+_FORMAT = {"kind": "rwkv7 state", "version": "1", "layout": "B, H, V, K"}
 
 
 class LayerState(NamedTuple):
@@ -47,8 +55,8 @@ class ModelState:
         def layer() -> LayerState:
             shape = (batch, config.heads, config.head_size, config.head_size)
             wkv = torch.zeros(shape, dtype=wide_dtype(dtype), device=device)
-            shifts = torch.zeros(2, batch, config.width, dtype=dtype, device=device)
-            return LayerState(wkv, *shifts)
+            shift = torch.zeros(batch, config.width, dtype=dtype, device=device)
+            return LayerState(wkv, shift, shift.clone())
 
         return ModelState(tuple(layer() for _ in range(config.layers)))
 
@@ -132,6 +140,62 @@ class ModelState:
                         f"{where}: expected the device of the model, {device}, found {x.device}"
                     )
 
+    def to_tensors(self, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Named copies on the CPU, and the texts that let `from_tensors` refuse a wrong file.
+
+        For files that hold a state beside other things; `save` writes one of a state alone.
+        """
+        tensors = {
+            f"layers.{i}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for i, layer in enumerate(self.layers)
+            for name, x in zip(LayerState._fields, layer, strict=True)
+        }
+        return tensors, {**_FORMAT, "dimensions": json.dumps(_dimensions(config))}
+
+    @staticmethod
+    def from_tensors(
+        tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: ModelConfig
+    ) -> ModelState:
+        """The inverse of `to_tensors`; ValueError says what does not fit this model."""
+        for name, expected in _FORMAT.items():
+            if (found := metadata.get(name)) != expected:
+                raise ValueError(f"expected a state file with {name} {expected!r}, found {found!r}")
+        found, wanted = json.loads(metadata.get("dimensions", "{}")), _dimensions(config)
+        if wrong := [
+            f"{name} {found.get(name)} (the model's: {size})"
+            for name, size in wanted.items()
+            if found.get(name) != size
+        ]:
+            raise ValueError(f"the state belongs to another model: it has {', '.join(wrong)}")
+        names = [[f"layers.{i}.{n}" for n in LayerState._fields] for i in range(config.layers)]
+        if missing := [name for layer in names for name in layer if name not in tensors]:
+            raise ValueError(f"the state lacks {missing[0]}")
+        state = ModelState(tuple(LayerState(*(tensors[n] for n in layer)) for layer in names))
+        shift = state.layers[0].time_shift
+        state.check(config, shift.shape[0], shift.dtype, shift.device)
+        return state
+
+    def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
+        """Write the state of a model with this config as .safetensors, atomically."""
+        path = _safetensors(path)
+        tensors, metadata = self.to_tensors(config)
+        write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], config: ModelConfig) -> ModelState:
+        """Read what `save` wrote, onto the CPU, in the dtype it was saved in.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, not a state, of another format version or layout, or of
+                a model with other dimensions; the message says which.
+        """
+        with open_tensors(_safetensors(path)) as tensors:
+            try:
+                return ModelState.from_tensors(tensors, tensors.metadata, config)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: {error}") from None
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> ModelState:
         return ModelState(tuple(LayerState(*map(change, layer)) for layer in self.layers))
 
@@ -139,6 +203,68 @@ class ModelState:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of WKV states and of normalisations: float64 stays, every other gives float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def load_tuned(
+    path: str | os.PathLike[str], config: ModelConfig, dtype: torch.dtype = torch.float32
+) -> ModelState:
+    """The state of one sequence from a tuned-state file, to begin a text with.
+
+    Such a file has `blocks.i.att.time_state` [H, V, K] for each layer and nothing else; the
+    token shifts begin at zero. Files for RWKV-5 and 6 use the same name for [H, K, V] and cannot
+    be told apart.
+
+    Args:
+        path: .pth or .safetensors.
+        config: of the model that the state shall serve.
+        dtype: that model's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or is not a tuned state of such a model.
+    """
+    state = ModelState.zeros(config, 1, dtype)
+    expected = [_tuned_name(i) for i in range(config.layers)]
+    with open_tensors(path) as tensors:
+        if set(tensors) != set(expected):
+            odd = sorted(set(tensors) ^ set(expected))[0]
+            raise ValueError(
+                f"{path}: expected {expected[0]} to {expected[-1]}, one for each layer of the "
+                f"model, and nothing else; {odd} is {'too much' if odd in tensors else 'missing'}"
+            )
+        for name, layer in zip(expected, state.layers, strict=True):
+            if tensors[name].shape != layer.wkv.shape[1:]:
+                raise ValueError(
+                    f"{path}: {name}: expected [H, V, K] = {list(layer.wkv.shape[1:])}, "
+                    f"found {list(tensors[name].shape)}"
+                )
+            layer.wkv.copy_(tensors[name])
+    return state
+
+
+def save_tuned(state: ModelState, path: str | os.PathLike[str]) -> None:
+    """Write one sequence's WKV states as a tuned-state file (.pth or .safetensors), atomically.
+
+    Raises:
+        ValueError: more than one sequence, token shifts that are not zero (the format has no
+            place for them), or another suffix.
+    """
+    path = Path(path)
+    if state.batch != 1:
+        raise ValueError(f"state: expected one sequence, found {state.batch}; select one")
+    if any(bool(shift.any()) for layer in state.layers for shift in layer[1:]):
+        raise ValueError(
+            "state: expected token shifts of zero, which is where a tuned state begins; a state "
+            "in the middle of a text is kept with state.save"
+        )
+    tensors = {
+        _tuned_name(i): layer.wkv[0].detach().cpu().clone(memory_format=torch.contiguous_format)
+        for i, layer in enumerate(state.layers)
+    }
+    if path.suffix == ".pth":
+        write_atomically(path, lambda file: torch.save(tensors, file))
+    else:
+        write_atomically(_safetensors(path), lambda file: save_file(tensors, file))
 
 
 def state_from_fla(state: Tensor) -> Tensor:
@@ -168,6 +294,26 @@ def state_from_official(state: Tensor) -> Tensor:
 def state_to_official(state: Tensor) -> Tensor:
     """The inverse of `state_from_official`, the identity too."""
     return state
+
+
+def _dimensions(config: ModelConfig) -> dict[str, int]:
+    return {
+        "layers": config.layers,
+        "width": config.width,
+        "heads": config.heads,
+        "head_size": config.head_size,
+    }
+
+
+def _safetensors(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path: expected a name in .safetensors, found {path.name}")
+    return path
+
+
+def _tuned_name(layer: int) -> str:
+    return f"blocks.{layer}.att.time_state"
 
 
 def _transposed(state: Tensor) -> Tensor:

@@ -6,19 +6,16 @@ Optimizer and progress live elsewhere (`training.checkpoint`); states are in `st
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .files import write_atomically
+from .files import open_tensors, write_atomically
 from .nn import RWKV7
 
 # What a name says about a file that is not plain RWKV-7; the first that matches decides.
@@ -54,7 +51,7 @@ def load_model(
     """
     file = _find(Path(path))
     device = torch.get_default_device() if device is None else torch.device(device)
-    with _opened(file) as tensors:
+    with open_tensors(file, _PREFIX) as tensors:
         try:
             config = config_from_tensors(tensors)
             kind = dtype or tensors["emb.weight"].dtype
@@ -158,61 +155,13 @@ def _find(path: Path) -> Path:
     )
     for file in found:
         try:
-            with _opened(file):
+            with open_tensors(file):
                 return file
         except ValueError as error:
             warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=3)
     raise ValueError(
         f"{path}: expected model.safetensors or checkpoints/step-*/model.safetensors in this "
         f"folder, found {'no whole one' if found else 'neither'}"
-    )
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """A safetensors file as a mapping that reads a tensor when it is asked for."""
-
-    def __init__(self, file: safe_open) -> None:
-        self._file = file
-        self._names = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(self._names[name])
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of a file by name; ValueError when it cannot be read whole."""
-    if file.suffix == ".safetensors":
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise _unreadable(file, error) from None
-        with opened:
-            yield _Lazy(opened)
-        return
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise _unreadable(file, error) from None
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
-    ):
-        raise ValueError(f"{file}: expected a dictionary of named tensors, found something else")
-    yield {name.removeprefix(_PREFIX): x for name, x in content.items()}
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(
-        f"{file}: cannot be read as a {file.suffix or 'checkpoint'} file of tensors; it is "
-        f"truncated, damaged or something else ({reason})"
     )
 
 
