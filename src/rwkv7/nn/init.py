@@ -64,8 +64,13 @@ class _Draw:
             weight.copy_(q if tall else q.T)
 
     def _scratch(self, weight: Tensor) -> Tensor:
-        # The parameter's own memory where it will do: a head may be most of a small model.
-        if weight.dtype == torch.float32 and weight.device == self.device:
+        # The parameter's own memory where it will do: a head may be most of a small model. Only
+        # contiguous, for numbers are drawn in the order of the memory.
+        if (
+            weight.dtype == torch.float32
+            and weight.device == self.device
+            and weight.is_contiguous()
+        ):
             return weight
         return torch.empty(weight.shape, dtype=torch.float32, device=self.device)
 
