@@ -78,16 +78,28 @@ class _Draw:
 def _orthonormal(x: Tensor, gain: float) -> Tensor:
     # The factor Q of x = QR with a positive diagonal in R is uniform over such matrices. For
     # tall Gaussian matrices, whose condition is below 6, R may come from Cholesky and Q from its
-    # inverse: matrix products alone, and the same digits. By pieces, in place: a head is large.
+    # inverse with the same digits.
     if x.shape[0] >= 2 * x.shape[1]:
-        r = torch.linalg.cholesky(x.T @ x, upper=True)
-        identity = gain * torch.eye(len(r), dtype=x.dtype, device=x.device)
-        inverse = torch.linalg.solve_triangular(r, identity, upper=True)
-        for rows in x.split(4096):
-            rows.copy_(rows @ inverse)
-        return x
+        return _tall_orthonormal_(x, gain)
     q, r = torch.linalg.qr(x)
     return q.mul_(gain * r.diagonal().sign())
+
+
+def _tall_orthonormal_(x: Tensor, gain: float) -> Tensor:
+    # Matrix products alone, by pieces and in place, for a head may be most of a small model. What
+    # lies below a diagonal is skipped.
+    columns = x.shape[1]
+    blocks = [slice(start, min(start + 256, columns)) for start in range(0, columns, 256)]
+    gram = x.new_zeros(columns, columns)
+    for block in blocks:
+        torch.mm(x[:, : block.stop].T, x[:, block], out=gram[: block.stop, block])
+    r = torch.linalg.cholesky(gram, upper=True)
+    identity = gain * torch.eye(columns, dtype=x.dtype, device=x.device)
+    inverse = torch.linalg.solve_triangular(r, identity, upper=True)
+    for rows in x.split(4096):
+        for block in reversed(blocks):
+            rows[:, block] = rows[:, : block.stop] @ inverse[: block.stop, block]
+    return x
 
 
 def _identity_(norm: nn.LayerNorm) -> None:
