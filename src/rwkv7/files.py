@@ -1,0 +1,128 @@
+"""Files: written so that a name always holds a whole one, and tensors read without executing any.
+
+What goes into a file, and what its tensors mean, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """An open file of tensors as a mapping that reads each when it is asked for.
+
+    Attributes:
+        metadata: the texts that a .safetensors file keeps beside its tensors.
+    """
+
+    def __init__(
+        self,
+        names: dict[str, str],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """`names` maps the names given out to those that `read` takes."""
+        self._names = names
+        self._read = read
+        self.metadata = metadata
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextlib.contextmanager
+def open_tensors(path: str | os.PathLike[str], prefix: str = "") -> Iterator[TensorFile]:
+    """The tensors of a .safetensors or PyTorch file (.pth) on the CPU; no code in it is run.
+
+    Args:
+        path: the suffix .safetensors decides; everything else is read as PyTorch's.
+        prefix: taken off names that begin with it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, or holds something else than named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise _unreadable(path, error) from None
+        with opened as file:
+            names = {name.removeprefix(prefix): name for name in file.keys()}  # noqa: SIM118
+            yield TensorFile(names, file.get_tensor, file.metadata() or {})
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
+        raise ValueError(f"{path}: expected a dictionary of named tensors, found something else")
+    names = {name.removeprefix(prefix): name for name in content}
+    yield TensorFile(names, content.__getitem__, {})
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Have `write` make a temporary file beside `path`, then move it there in one step.
+
+    Whatever fails (a full disk, Ctrl-C, an error in `write`), the file that was there before stays
+    whole and the temporary file is removed; a kill or a power cut leaves the old or the new file.
+
+    Args:
+        path: where the file shall be; a symbolic link keeps pointing to it.
+        write: makes the file at the path it is given, in the folder of `path`.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: what the writing met, for instance a full disk.
+    """
+    path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {path.parent} does not exist; make it first")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the rename itself survive a power cut; Windows cannot open folders and needs it not.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    return ValueError(
+        f"{path}: cannot be read as a {kind} file of tensors: it is truncated, damaged or "
+        f"something else ({reason})"
+    )

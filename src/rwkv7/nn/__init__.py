@@ -1,0 +1,8 @@
+"""The model's modules. Users need `RWKV7` alone; the rest is for those who build on it."""
+
+from .channel_mix import ChannelMix
+from .init import initialise_
+from .model import RWKV7, Block
+from .time_mix import TimeMix
+
+__all__ = ["RWKV7", "Block", "ChannelMix", "TimeMix", "initialise_"]

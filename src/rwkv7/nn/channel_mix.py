@@ -1,0 +1,38 @@
+"""Channel mix: RWKV-7's feed-forward, a squared ReLU over a token-shifted input.
+
+Unlike RWKV-5 and 6 it has no receptance gate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rwkv7.config import ModelConfig
+
+from .linear import Linear
+from .token_shift import Packing, token_shift
+
+
+class ChannelMix(nn.Module):
+    """W_v relu(W_k x')², x' = x + (previous - x) x_k. Parameters are named as in checkpoints."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        C, F = config.width, config.ffn_size
+        self.x_k = nn.Parameter(torch.empty(C, dtype=dtype, device=device))
+        self.key = Linear(C, F, dtype, device)
+        self.value = Linear(F, C, dtype, device)
+
+    def forward(
+        self, x: Tensor, shift: Tensor | None, packed: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(output [B, T, C], shift to carry on [S, C]) from x [B, T, C] and the carried shift."""
+        previous, shift = token_shift(x, shift, packed)
+        hidden = self.key(torch.addcmul(x, previous - x, self.x_k))
+        return self.value(torch.relu(hidden).square()), shift

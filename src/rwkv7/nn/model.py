@@ -1,0 +1,205 @@
+"""The language model: embedding, blocks, head. `RWKV7` is what users hold.
+
+Files are left to `weights`, what a state is to `state`, the loss to `training`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rwkv7.config import ModelConfig
+from rwkv7.state import LayerState, ModelState
+
+from .channel_mix import ChannelMix
+from .init import initialise_
+from .linear import Linear
+from .time_mix import TimeMix
+from .token_shift import Packing, packing
+
+
+class Block(nn.Module):
+    """One layer: x += TimeMix(ln1(x)), then x += ChannelMix(ln2(x)). Block 0 begins with ln0."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        C = config.width
+        self.ln0 = nn.LayerNorm(C, dtype=dtype, device=device) if layer == 0 else None
+        self.ln1 = nn.LayerNorm(C, dtype=dtype, device=device)
+        self.ln2 = nn.LayerNorm(C, dtype=dtype, device=device)
+        self.att = TimeMix(config, layer, dtype, device)
+        self.ffn = ChannelMix(config, dtype, device)
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        state: LayerState | None,
+        packed: Packing | None = None,
+        backend: str | None = None,
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """(x [B, T, C], layer 0's value [B, T, C], the layer's state), for T ≥ 1 tokens.
+
+        `v_first` is None for block 0, which gives it; a `state` of None means zeros.
+        """
+        wkv, time_shift, channel_shift = (None, None, None) if state is None else state
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        out, v_first, time_shift, wkv = self.att(
+            self.ln1(x), v_first, time_shift, wkv, packed, backend
+        )
+        x = x + out
+        out, channel_shift = self.ffn(self.ln2(x), channel_shift, packed)
+        # Autocast may run layer norms in float32; the state keeps the model's dtype.
+        dtype = self.ln1.weight.dtype
+        return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
+
+
+class RWKV7(nn.Module):
+    """An RWKV-7 language model, with the official checkpoints' parameter names.
+
+    A new model has the official initialisation; `load_model` gives a trained one.
+
+    Args:
+        config: the sizes; kept as `model.config`.
+        dtype: of all parameters; None means torch's default.
+        device: where they live; None means torch's default.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        V, C = config.vocab_size, config.width
+        # Made without memory first: the modules' own initialisation would be thrown away. (An
+        # embedding given its weight does not begin with one.)
+        table = torch.empty(V, C, dtype=dtype, device="meta")
+        self.emb = nn.Embedding.from_pretrained(table, freeze=False)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, dtype, "meta") for layer in range(config.layers)
+        )
+        self.ln_out = nn.LayerNorm(C, dtype=dtype, device="meta")
+        self.head = Linear(C, V, dtype, "meta")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            # Not to_empty(), which takes half a second to import what it asks of meta tensors.
+            empty = {
+                name: torch.empty(x.shape, dtype=x.dtype, device=device)
+                for name, x in self.named_parameters()
+            }
+            self.load_state_dict(empty, assign=True)
+            initialise_(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.emb.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.emb.weight.device
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T]
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        last_only: bool = False,
+        backend: str | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Logits for the token after each token, and the state after the last.
+
+        Args:
+            tokens: [B, T], int32 or int64, any T ≥ 0. When packed, [1, T].
+            state: what the same call returned for the tokens before; None at the start. Its rows
+                are the B sequences, or the S packed ones. Never changed.
+            cu_seqlens: offsets [S + 1] of packed sequences, from 0 to T; a sequence may be empty
+                and then keeps its state.
+            last_only: only each sequence's last logits, [B, 1, V] or, packed, [1, S, V]. A
+                sequence without tokens has none: its row is NaN.
+            backend: the operator's backend, None for the first that accepts the call.
+
+        Returns:
+            logits [B, T, V] in the model's dtype (that of autocast under it), and the state.
+
+        Raises:
+            ValueError, TypeError: tokens, offsets or a state that do not fit; on the CPU also
+                tokens outside the vocabulary.
+        """
+        features, state = self.hidden(tokens, state, cu_seqlens, backend)
+        if not last_only:
+            return self.head(features), state
+        if features.shape[1] == 0:
+            rows = 1 if cu_seqlens is None else state.batch
+            nothing = features.new_full((features.shape[0], rows, features.shape[2]), math.nan)
+            return self.head(nothing), state
+        if cu_seqlens is None:
+            return self.head(features[:, -1:]), state
+        ends = cu_seqlens[1:].long()
+        last = features.index_select(1, (ends - 1).clamp(min=0))
+        empty = (ends == cu_seqlens[:-1])[None, :, None]
+        return self.head(last).masked_fill(empty, math.nan), state
+
+    def hidden(
+        self,
+        tokens: Tensor,  # [B, T]
+        state: ModelState | None = None,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        backend: str | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """What the head reads, [B, T, C], after `ln_out`, and the state: `forward` less the head.
+
+        For a loss that applies the head in pieces. Arguments and errors are those of `forward`.
+        """
+        self._check_tokens(tokens)
+        packed = None if cu_seqlens is None else packing(cu_seqlens, tokens)
+        batch = tokens.shape[0] if packed is None else packed.sequences
+        if state is not None:
+            state.check(self.config, batch, self.dtype, self.device)
+        x = self._embed(tokens)
+        if tokens.numel() == 0:
+            if state is None:
+                state = ModelState.zeros(self.config, batch, self.dtype, self.device)
+            return self.ln_out(x), state
+        v_first, layers = None, []
+        given = [None] * len(self.blocks) if state is None else state.layers
+        for block, layer in zip(self.blocks, given, strict=True):
+            x, v_first, layer = block(x, v_first, layer, packed, backend)
+            layers.append(layer)
+        return self.ln_out(x), ModelState(tuple(layers))
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+            found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens: expected an int32 or int64 tensor, found {found}")
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: expected [B, T], found the shape {list(tokens.shape)}")
+        if tokens.device != self.device:
+            raise ValueError(
+                f"tokens: expected the device of the model, {self.device}, found {tokens.device}"
+            )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.emb(tokens)
+        try:
+            return self.emb(tokens)
+        except IndexError:
+            low, high = (int(x) for x in tokens.aminmax())
+            raise ValueError(
+                f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, "
+                f"found {low} to {high}"
+            ) from None

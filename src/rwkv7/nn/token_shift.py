@@ -1,0 +1,103 @@
+"""Token shift: what the token before each token was, across calls and in packed sequences.
+
+The first token of a sequence sees the sequence's own carried vector (zeros when there is none),
+never its neighbour in the packing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Packing(NamedTuple):
+    """Where S packed sequences begin and end in T tokens; made once a call for all layers."""
+
+    offsets: Tensor  # [S + 1], int32 or int64, as the operator takes them
+    first: Tensor  # [S], the first token of each sequence, T when it is empty
+    last: Tensor  # [S], the last token of each sequence, 0 when it is empty
+    occupied: Tensor  # [S, 1], false where a sequence is empty
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return self.first.shape[0]
+
+
+def packing(cu_seqlens: Tensor, tokens: Tensor) -> Packing:
+    """Check the offsets of a packed call and find each sequence's ends.
+
+    Args:
+        cu_seqlens: [S + 1], int32 or int64, from 0 to T, never falling.
+        tokens: [1, T], what is packed.
+
+    Raises:
+        ValueError, TypeError: offsets that do not fit; their values are seen on the CPU alone.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected [S + 1] offsets, found {list(cu_seqlens.shape)}")
+    B, T = tokens.shape
+    if B != 1:
+        raise ValueError(f"cu_seqlens: packed tokens are [1, T], found {list(tokens.shape)}")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(
+            f"cu_seqlens: expected the device of tokens, {tokens.device}, found {cu_seqlens.device}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(cu_seqlens.tolist(), T)
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    occupied = ends > starts
+    first = torch.where(occupied, starts, T)
+    last = torch.where(occupied, ends - 1, 0)
+    return Packing(cu_seqlens, first, last, occupied[:, None])
+
+
+def token_shift(
+    x: Tensor,  # [B, T, C]
+    carried: Tensor | None,  # [S, C]
+    packed: Packing | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(the vector before each token [B, T, C], the vectors to carry on [S, C]), for T ≥ 1.
+
+    `carried` holds each sequence's last vector so far; None means zeros. S = B unless packed. An
+    empty sequence carries on what it had.
+    """
+    if packed is not None:
+        return _packed_shift(x, carried, packed)
+    if x.shape[1] == 1:
+        return (torch.zeros_like(x) if carried is None else carried[:, None]), x[:, 0]
+    # A copy of the last vectors: a view would keep all T of them in memory with the state.
+    last = x[:, -1].clone()
+    if carried is None:
+        return F.pad(x, (0, 0, 1, -1)), last
+    return torch.cat((carried[:, None], x[:, :-1]), 1), last
+
+
+def _packed_shift(x: Tensor, carried: Tensor | None, packed: Packing) -> tuple[Tensor, Tensor]:
+    if carried is None:
+        carried = x.new_zeros(packed.sequences, x.shape[2])
+    # Row t of the padded tensor is token t - 1; its row T, no token's neighbour, takes what the
+    # empty sequences write, so that no shape depends on their number.
+    before = F.pad(x, (0, 0, 1, 0)).index_copy(1, packed.first, carried[None].to(x.dtype))
+    last = torch.where(packed.occupied, x[0].index_select(0, packed.last), carried)
+    return before[:, :-1], last
+
+
+def _check_values(offsets: list[int], T: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, found {offsets[0]}")
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if end < start:
+            raise ValueError(
+                f"cu_seqlens: expected offsets that never fall, found {start} then {end} "
+                f"at position {i + 1}"
+            )
+    if offsets[-1] != T:
+        raise ValueError(f"cu_seqlens: expected to end at T = {T}, found {offsets[-1]}")
