@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings"]
 
 # Changing these changes what is saved or measured, never a parameter of the model.
-FREE_ON_RESUME = ("save_every", "eval_every", "eval_bytes")
+FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens")
 DTYPES = ("auto", "fp32", "bf16")
 
 
@@ -50,12 +50,14 @@ class TrainSettings:
     dtype: str = _option("auto", '"fp32", "bf16" (products only), or "auto": bf16 on a GPU')
     save_every: int = _option(200, "steps between checkpoints")
     eval_every: int = _option(200, "steps between evaluations")
-    eval_bytes: int = _option(65536, "held-out tokens an evaluation on the way reads; the last, all")
+    eval_tokens: int = _option(
+        65536, "held-out tokens that an evaluation on the way reads; the last one reads all"
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "width", "head_size", "batch", "window"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("save_every", "eval_every", "eval_bytes"):
+        for name in ("save_every", "eval_every", "eval_tokens"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("width", self.width % self.head_size == 0, "a multiple of head_size")
         self._require("lr", 0 < self.lr < math.inf, "above 0")

@@ -1,0 +1,203 @@
+"""A run in its folder: `train_model` begins one, `resume_training` goes on with it.
+
+The folder holds data/ (tokens), checkpoints/, log.jsonl, loss.png, and a lock while at work. The
+loop itself is in loop.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..nn import RWKV7, initialise_
+from ..tokenizer import get_tokenizer
+from .checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    machine,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from .data import TokenData, find_text, open_data, prepare_data, text_digest
+from .lock import run_lock
+from .loop import OnStep, Run, TrainResult
+from .optim import make_optimizer
+from .report import Report
+from .settings import TrainSettings, resumed_settings
+
+__all__ = ["choose_device", "resume_training", "train_model"]
+
+_OURS = {"data", "checkpoints", "log.jsonl", "loss.png", "lock"}
+
+
+def train_model(
+    settings: TrainSettings,
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    held_out_file: Path | None = None,
+    device: str | torch.device | None = None,
+    report: Report | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Trains a new model on the text of files and folders and leaves the run in the folder `out`.
+
+    Args:
+        settings: sizes, recipe and rhythm; a dtype of "auto" is bf16 on a GPU that has it.
+        texts: text files, taken as bytes, and folders of them (see `find_text`).
+        out: the folder of the run; made, and refused when something else is in it.
+        held_out_file: text to evaluate on instead of the end of `texts`.
+        device: None means a CUDA GPU if there is one, else the CPU.
+        report: what shows the progress; None shows nothing.
+        on_step: told of each step; when it returns True the run saves and stops, as on Ctrl-C.
+
+    Raises:
+        ValueError: unusable text, settings, device or folder, before anything is written.
+        RunIsBusyError: another process is training in `out`.
+        OSError: a file could not be written; earlier checkpoints are whole.
+        TrainingDivergedError: NaN or infinity; the last good checkpoint stays.
+    """
+    device = choose_device(device)
+    settings = _with_dtype(settings, device)
+    tokenizer = get_tokenizer(settings.tokenizer)
+    config = ModelConfig.from_sizes(
+        vocab_size=tokenizer.vocab_size,
+        width=settings.width,
+        layers=settings.layers,
+        head_size=settings.head_size,
+    )
+    text = find_text(texts, exclude=out)
+    held_out_text = find_text([held_out_file]) if held_out_file else None
+    _check_free(out)
+    with _removed_on_failure(out), run_lock(out):
+        data = prepare_data(text, out / "data", tokenizer, settings.held_out, held_out_text)
+        model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=device)
+        initialise_(model, torch.Generator().manual_seed(settings.seed))
+        optimizer = make_optimizer(model, settings)
+        run = Run(out, settings, data, model, optimizer)
+        # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
+        save_checkpoint(out, model, optimizer, settings, 0)
+        return run.go_on(report or Report(), on_step)
+
+
+def resume_training(
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+    texts: Sequence[Path] = (),
+    *,
+    held_out_file: Path | None = None,
+    device: str | torch.device | None = None,
+    report: Report | None = None,
+    on_step: OnStep | None = None,
+) -> TrainResult:
+    """Goes on with the run in `out` from its newest whole checkpoint, as if it had never stopped.
+
+    Args:
+        out: the folder that `train_model` wrote.
+        changes: settings by name. Those of `FREE_ON_RESUME` may differ from the run's.
+        texts: not needed, the run has its tokens; when given, they must be the text of the run.
+        held_out_file, device, report, on_step: as for `train_model`.
+
+    Raises what `train_model` raises; ValueError too when there is no checkpoint, when a change
+    would make it another run, or when the text is not the same.
+    """
+    device = choose_device(device)
+    report = report or Report()
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is None:
+        raise ValueError(f"{out}: there is no whole checkpoint to go on from; begin a new run")
+    settings = resumed_settings(checkpoint.settings, changes or {})
+    with run_lock(out):
+        data = open_data(out / "data")
+        if texts:
+            _check_same_text(data, texts, held_out_file, out)
+        model, optimizer = load_checkpoint(checkpoint, device)
+        _note_differences(checkpoint, model, report)
+        run = Run(out, settings, data, model, optimizer, checkpoint.step)
+        return run.go_on(report, on_step)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to train on: the one asked for, else a CUDA GPU, else the CPU.
+
+    Raises ValueError for one that torch does not know or this machine does not have.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: this machine cannot use {str(device)!r}: {reason}") from error
+    return found
+
+
+def _with_dtype(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    if settings.dtype != "auto":
+        return settings
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(settings, dtype="bf16" if able else "fp32")
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, found the file {out}")
+    if (checkpoint := newest_checkpoint(out)) is not None:
+        raise ValueError(
+            f"{out}: holds a run of {checkpoint.step} steps. Go on with it (--resume), or choose "
+            "another folder"
+        )
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.exists() else []
+    if foreign:
+        raise ValueError(
+            f"{out}: expected an empty or new folder for the run, found {', '.join(foreign[:3])}"
+        )
+
+
+@contextmanager
+def _removed_on_failure(out: Path) -> Iterator[None]:
+    """Leaves nothing behind when a run fails before its first checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if newest_checkpoint(out) is None and not (out / "lock").exists():
+            for name in ("data", "checkpoints"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _check_same_text(
+    data: TokenData, texts: Sequence[Path], held_out_file: Path | None, out: Path
+) -> None:
+    held_out_text = find_text([held_out_file]) if held_out_file else None
+    if text_digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
+        raise ValueError(
+            "text: this is not the text that the run was begun with. Leave it out to go on with "
+            "the run's own copy, or begin a new run in another folder"
+        )
+
+
+def _note_differences(checkpoint: Checkpoint, model: RWKV7, report: Report) -> None:
+    now = machine(model)
+    changed = [
+        f"{name} {was} then, {now[name]} now"
+        for name, was in checkpoint.machine.items()
+        if now.get(name) != was
+    ]
+    if changed:
+        report.note(
+            f"goes on from step {checkpoint.step}, though not bit for bit as without the stop: "
+            + "; ".join(changed)
+        )
