@@ -106,12 +106,14 @@ def _with_settings(
             typer.Option(None, help="Evaluate on this file instead of the text's end."),
         ),
         _parameter(
-            "device", str | None, typer.Option(None, help='"cpu", "cuda", … [the best there is]')
+            "device",
+            str | None,
+            typer.Option(None, help='"cpu", "cuda", … (default: a GPU if there is one)'),
         ),
     ]
     for setting in fields(TrainSettings):
-        shown = False if setting.default is None else str(setting.default)
-        option = typer.Option(None, help=setting.metadata["help"], show_default=shown)
+        shown = "" if setting.default is None else f" (default: {setting.default})"
+        option = typer.Option(None, help=setting.metadata["help"] + shown, show_default=False)
         parameters.append(_parameter(setting.name, types[setting.name] | None, option))
     command.__doc__ = verb.__doc__
     command.__annotations__ = {p.name: p.annotation for p in parameters}

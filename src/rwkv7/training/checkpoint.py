@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..nn import RWKV7
-from ..weights import load_model, save_model
+from rwkv7.nn import RWKV7
+from rwkv7.weights import load_model, save_model
+
 from .optim import make_optimizer
 from .settings import TrainSettings
 

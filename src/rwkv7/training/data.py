@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..files import write_atomically
-from ..tokenizer import Tokenizer
+from rwkv7.files import write_atomically
+from rwkv7.tokenizer import Tokenizer
 
 __all__ = ["DataInfo", "Text", "TokenData", "find_text", "open_data", "prepare_data", "text_digest"]
 
@@ -142,7 +142,7 @@ def prepare_data(
 
 
 def open_data(folder: Path) -> TokenData:
-    """The tokens that `prepare_data` left in `folder`. Raises ValueError when they are not whole."""
+    """The tokens that `prepare_data` left in `folder`. ValueError when they are not whole."""
     try:
         info = DataInfo(**json.loads((folder / "data.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..nn import RWKV7
-from ..tokenizer import Tokenizer
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import Tokenizer
+
 from .data import Tokens
 
 __all__ = ["Evaluation", "carried_bits", "dropped_bits", "evaluate"]

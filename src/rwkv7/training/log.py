@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from rwkv7.files import write_atomically
+
 from .evaluate import Evaluation
 
-__all__ = ["RunLog", "StepRecord", "plot_loss"]
+__all__ = ["RunLog", "StepRecord", "plot_loss", "read_log"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,7 @@ class RunLog:
         self._path = path
         kept = [line for line in read_log(path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8") and None)
+        write_atomically(path, lambda file: _write_text(file, text))
         self._file = path.open("a", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
@@ -61,6 +62,10 @@ class RunLog:
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()  # who follows the file sees each step
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

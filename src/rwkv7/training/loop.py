@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from ..nn import RWKV7
-from ..tokenizer import get_tokenizer
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import get_tokenizer
+
 from .checkpoint import newest_checkpoint, save_checkpoint
 from .data import TokenData
 from .evaluate import Evaluation, evaluate

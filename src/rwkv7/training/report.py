@@ -110,7 +110,9 @@ class LineReport(_ConsoleReport):
             self._last = now
             left = round((self._steps - record.step) * self._seconds)
             clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            self.note(f"step {record.step:,}/{self._steps:,}  {self._figures(record)}  {clock} left")
+            self.note(
+                f"step {record.step:,}/{self._steps:,}  {self._figures(record)}  {clock} left"
+            )
 
 
 def console_report(console: Console | None = None) -> Report:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from ..config import ModelConfig
-from ..nn import RWKV7, initialise_
-from ..tokenizer import get_tokenizer
+from rwkv7.config import ModelConfig
+from rwkv7.nn import RWKV7, initialise_
+from rwkv7.tokenizer import get_tokenizer
+
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,

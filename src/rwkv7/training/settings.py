@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings"]
@@ -26,8 +26,8 @@ def _option(default: Any, text: str) -> Any:
 class TrainSettings:
     """Everything that decides what a run computes. Raises ValueError for what makes no sense.
 
-    The recipe is RWKV-7's own (BlinkDL/RWKV-LM, RWKV-v7/train_temp): AdamW in three groups, cosine
-    schedule, 10 steps of warm-up, gradients clipped to norm 1. The sizes are those of a small model.
+    The recipe is RWKV-7's own (BlinkDL/RWKV-LM, RWKV-v7/train_temp): AdamW in three groups, a
+    cosine schedule, 10 steps of warm-up, gradients clipped to norm 1. The sizes are small.
     """
 
     steps: int = _option(1000, "optimizer steps; the learning rate falls over all of them")
@@ -38,14 +38,15 @@ class TrainSettings:
     batch: int = _option(16, "windows in a step")
     window: int = _option(512, "tokens in a window")
     lr: float = _option(1e-3, "highest learning rate")
-    lr_final: float = _option(1e-4, "learning rate of the last step")
+    lr_final: float = _option(1e-4, "learning rate that the last steps come down to")
     warmup: int = _option(10, "steps over which the learning rate rises")
     weight_decay: float = _option(0.1, "weight decay of the matrices; nothing else decays")
     clip: float = _option(1.0, "largest norm of the whole gradient")
     seed: int = _option(0, "seed of the initial weights and of the order of the windows")
     held_out: int | None = _option(
         None,
-        "bytes at the end of the text to keep for evaluation [a tenth of it, at most 256 KiB]",
+        "bytes at the end of the text to keep for evaluation "
+        "(default: a tenth of it, at most 256 KiB)",
     )
     dtype: str = _option("auto", '"fp32", "bf16" (products only), or "auto": bf16 on a GPU')
     save_every: int = _option(200, "steps between checkpoints")
@@ -64,7 +65,7 @@ class TrainSettings:
         self._require("lr_final", 0 <= self.lr_final <= self.lr, f"from 0 to lr ({self.lr:g})")
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
-        self._require("clip", 0 < self.clip, "above 0 (inf: never clip)")
+        self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
@@ -90,6 +91,9 @@ def resumed_settings(stored: TrainSettings, changes: Mapping[str, Any]) -> Train
 
     Raises ValueError for a change after which the run would not be the one that was begun.
     """
+    # "auto" asks for nothing in particular, so what the run was begun with serves.
+    changes = {k: v for k, v in changes.items() if (k, v) != ("dtype", "auto")}
+    wanted = TrainSettings.from_dict({**stored.to_dict(), **changes})
     refused = [
         f"{name} (begun with {getattr(stored, name)!r}, asked for {value!r})"
         for name, value in changes.items()
@@ -98,6 +102,6 @@ def resumed_settings(stored: TrainSettings, changes: Mapping[str, Any]) -> Train
     if refused:
         raise ValueError(
             f"this run cannot go on with another {', '.join(refused)}: the result would be neither "
-            "this run nor a new one. Leave the setting out, or begin a new run in another folder"
+            "this run nor a new one. Leave it out, or begin a new run in another folder"
         )
-    return replace(stored, **{name: changes[name] for name in FREE_ON_RESUME if name in changes})
+    return wanted
