@@ -14,22 +14,8 @@ from rwkv7.training import TrainSettings
 from rwkv7.training.checkpoint import newest_checkpoint
 from rwkv7.training.loop import Run
 
-SMALL = [
-    "--layers",
-    "1",
-    "--width",
-    "8",
-    "--head-size",
-    "8",
-    "--window",
-    "8",
-    "--batch",
-    "2",
-    "--device",
-    "cpu",
-    "--held-out",
-    "50",
-]
+SIZES = {"layers": 1, "width": 8, "head-size": 8, "window": 8, "batch": 2, "held-out": 50}
+SMALL = ["--device", "cpu", *(f"--{name}={size}" for name, size in SIZES.items())]
 
 
 @pytest.fixture

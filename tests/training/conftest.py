@@ -12,25 +12,8 @@ from rwkv7.training import TrainSettings
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    words = [
-        "the",
-        "fruit",
-        "of",
-        "a",
-        "tree",
-        "that",
-        "bears",
-        "seed",
-        "after",
-        "its",
-        "kind",
-        "was",
-        "good",
-        "and",
-        "it",
-        "was",
-        "so",
-    ]
+    sentence = "the fruit of a tree that bears seed after its kind was good and it was so"
+    words = sentence.split()
     chosen = random.Random(0).choices(words, k=2000)
     path = tmp_path / "text.txt"
     path.write_text(" ".join(chosen), encoding="utf-8")

@@ -82,7 +82,7 @@ def _with_settings(
 ) -> Callable[..., None]:
     """`verb` as typer wants to see it: with one option for each field of `TrainSettings`."""
 
-    def command(
+    def _command(
         texts: list[Path] | None,
         out: Path,
         resume: bool,
@@ -115,10 +115,10 @@ def _with_settings(
         shown = "" if setting.default is None else f" (default: {setting.default})"
         option = typer.Option(None, help=setting.metadata["help"] + shown, show_default=False)
         parameters.append(_parameter(setting.name, types[setting.name] | None, option))
-    command.__doc__ = verb.__doc__
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return command
+    _command.__doc__ = verb.__doc__
+    _command.__annotations__ = {p.name: p.annotation for p in parameters}
+    _command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return _command
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
