@@ -10,17 +10,17 @@ import pytest
 from rwkv7.training import TrainSettings
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentence = "the fruit of a tree that bears seed after its kind was good and it was so"
     words = sentence.split()
     chosen = random.Random(0).choices(words, k=2000)
-    path = tmp_path / "text.txt"
+    path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(chosen), encoding="utf-8")
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings() -> TrainSettings:
     return TrainSettings(
         steps=8,

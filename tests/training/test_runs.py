@@ -59,12 +59,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
 
 
-@pytest.fixture
-def whole(tmp_path: Path, text: Path, settings: TrainSettings) -> Path:
-    """A run that nothing interrupted."""
-    result = train_model(settings, [text], tmp_path / "whole", device=CPU)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path, settings: TrainSettings) -> Path:
+    """A run that nothing interrupted; no test changes it."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    result = train_model(settings, [text], run, device=CPU)
     assert result.finished and result.step == 8
-    return tmp_path / "whole"
+    return run
 
 
 def test_what_a_run_leaves(whole: Path, settings: TrainSettings) -> None:
@@ -155,30 +156,42 @@ def test_unusable_input_leaves_nothing_behind(
 ) -> None:
     empty, run = tmp_path / "empty.txt", tmp_path / "a" / "run"
     empty.touch()
-    foreign = tmp_path / "photos"
-    foreign.mkdir()
-    (foreign / "me.jpg").touch()
+    photos, theirs = tmp_path / "photos", tmp_path / "theirs"
+    (theirs / "data").mkdir(parents=True)
+    (theirs / "data" / "table.csv").touch()
+    photos.mkdir()
+    (photos / "me.jpg").touch()
     for change, texts, out, message in (
         ({}, [empty], run, "0 bytes"),
         ({}, [tmp_path / "none.txt"], run, "no file or folder"),
         ({"tokenizer": "words"}, [text], run, "tokenizer: expected one of"),
         ({"held_out": 10**6}, [text], run, "held_out: expected fewer bytes"),
         ({"window": 10**6}, [text], run, "at least 1000001 tokens"),
-        ({}, [text], foreign, "expected an empty or new folder for the run, found me.jpg"),
+        ({}, [text], photos, "expected an empty or new folder for the run, found me.jpg"),
+        ({}, [text], theirs, "expected an empty or new folder .*, found data/table.csv"),
         ({}, [text], text, "expected a folder, found the file"),
     ):
         with pytest.raises(ValueError, match=message):
             train_model(dataclasses.replace(settings, **change), texts, out, device=CPU)
         assert not run.exists()
-    assert [p.name for p in foreign.iterdir()] == ["me.jpg"]
+    assert [p.name for p in photos.iterdir()] == ["me.jpg"]
+    assert (theirs / "data" / "table.csv").exists()
+    # What a start that was killed left is no obstacle.
+    (run / "data").mkdir(parents=True)
+    (run / "data" / "train.bin").write_bytes(b"half")
+    assert train_model(settings, [text], run, device=CPU).finished
 
 
 def test_a_second_process_is_refused(tmp_path: Path, text: Path, settings: TrainSettings) -> None:
     run, refused = tmp_path / "run", []
 
     def second() -> None:
-        with pytest.raises(ValueError, match="is training in this folder"):
-            resume_training(run, device=CPU)
+        for begin in (
+            lambda: resume_training(run, device=CPU),
+            lambda: train_model(settings, [text], run, device=CPU),
+        ):
+            with pytest.raises(ValueError, match="is training in this folder"):
+                begin()
         refused.append(True)
 
     train_model(settings, [text], run, device=CPU, on_step=at_step(1, second))
@@ -249,7 +262,7 @@ def test_held_out_text_is_never_trained_on(
 def test_text_reads_better_with_the_state_carried(
     tmp_path: Path, text: Path, settings: TrainSettings
 ) -> None:
-    settings = dataclasses.replace(settings, steps=150, batch=8, lr=1e-2, held_out=1000)
+    settings = dataclasses.replace(settings, steps=100, batch=8, lr=1e-2, held_out=1000)
     result = train_model(settings, [text], tmp_path / "run", device=CPU)
     assert result.evaluation is not None
     assert result.evaluation.carried < result.evaluation.dropped - 0.05

@@ -7,6 +7,7 @@ loop itself is in loop.py.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,10 @@ from .settings import TrainSettings, resumed_settings
 
 __all__ = ["choose_device", "resume_training", "train_model"]
 
-_OURS = {"data", "checkpoints", "log.jsonl", "loss.png", "lock"}
+_LEFTOVER = re.compile(
+    r"lock|data|data/(train\.bin|held_out\.bin|\.?data\.json.*)"
+    r"|checkpoints|checkpoints/\..*\.partial"
+)
 
 
 def train_model(
@@ -77,8 +81,7 @@ def train_model(
     )
     text = find_text(texts, exclude=out)
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    _check_free(out)
-    with _removed_on_failure(out), run_lock(out):
+    with _new_run(out):
         data = prepare_data(text, out / "data", tokenizer, settings.held_out, held_out_text)
         model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=device)
         initialise_(model, torch.Generator().manual_seed(settings.seed))
@@ -112,11 +115,14 @@ def resume_training(
     """
     device = choose_device(device)
     report = report or Report()
-    checkpoint = newest_checkpoint(out)
-    if checkpoint is None:
-        raise ValueError(f"{out}: there is no whole checkpoint to go on from; begin a new run")
-    settings = resumed_settings(checkpoint.settings, changes or {})
+    nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
+    if not out.is_dir():
+        raise ValueError(nothing)
     with run_lock(out):
+        checkpoint = newest_checkpoint(out)
+        if checkpoint is None:
+            raise ValueError(nothing)
+        settings = resumed_settings(checkpoint.settings, changes or {})
         data = open_data(out / "data")
         if texts:
             _check_same_text(data, texts, held_out_file, out)
@@ -149,34 +155,42 @@ def _with_dtype(settings: TrainSettings, device: torch.device) -> TrainSettings:
     return replace(settings, dtype="bf16" if able else "fp32")
 
 
-def _check_free(out: Path) -> None:
+@contextmanager
+def _new_run(out: Path) -> Iterator[None]:
+    """Holds the folder for a run that begins. One that fails at once leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, found the file {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with run_lock(out):
+            _check_free(out)
+            try:
+                yield
+            except BaseException:
+                if newest_checkpoint(out) is None:
+                    for name in ("data", "checkpoints"):
+                        shutil.rmtree(out / name, ignore_errors=True)
+                raise
+    except BaseException:
+        with contextlib.suppress(OSError):  # raised where something is in it
+            out.rmdir()
+        raise
+
+
+def _check_free(out: Path) -> None:
+    """Refuses a folder in which there is more than a start that was killed may have left."""
     if (checkpoint := newest_checkpoint(out)) is not None:
         raise ValueError(
             f"{out}: holds a run of {checkpoint.step} steps. Go on with it (--resume), or choose "
             "another folder"
         )
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in _OURS) if out.exists() else []
+    found = [p for folder in (out, out / "data", out / "checkpoints") for p in folder.glob("*")]
+    names = [p.relative_to(out).as_posix() for p in found]
+    foreign = sorted(name for name in names if not _LEFTOVER.fullmatch(name))
     if foreign:
         raise ValueError(
             f"{out}: expected an empty or new folder for the run, found {', '.join(foreign[:3])}"
         )
-
-
-@contextmanager
-def _removed_on_failure(out: Path) -> Iterator[None]:
-    """Leaves nothing behind when a run fails before its first checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if newest_checkpoint(out) is None and not (out / "lock").exists():
-            for name in ("data", "checkpoints"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                out.rmdir()
-        raise
 
 
 def _check_same_text(
