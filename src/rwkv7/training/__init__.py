@@ -1,0 +1,19 @@
+"""Training on text: `train_model` begins a run, `resume_training` goes on with one."""
+
+from .evaluate import Evaluation, evaluate
+from .loop import TrainingDivergedError, TrainResult
+from .report import Report, console_report
+from .runs import resume_training, train_model
+from .settings import TrainSettings
+
+__all__ = [
+    "Evaluation",
+    "Report",
+    "TrainResult",
+    "TrainSettings",
+    "TrainingDivergedError",
+    "console_report",
+    "evaluate",
+    "resume_training",
+    "train_model",
+]

@@ -1,0 +1,196 @@
+"""Checkpoints of a training run: whole or not there at all, and enough to go on bit for bit.
+
+RUN/checkpoints/step-00000123/ holds model.safetensors (official names, fp32), optimizer.safetensors
+(Adam's moments by parameter name) and training.json (settings, the step, what wrote it). No random
+generator is saved because none is in use after the start: the windows of a step follow from the
+seed and its number. Nothing in a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rwkv7.nn import RWKV7
+from rwkv7.weights import load_model, save_model
+
+from .optim import make_optimizer
+from .settings import TrainSettings
+
+__all__ = ["Checkpoint", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+
+FORMAT = 1
+KEPT = 2  # the newest, and one before it should the newest be damaged
+MODEL, OPTIMIZER, TRAINING = "model.safetensors", "optimizer.safetensors", "training.json"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint on disk: its folder, the steps done, and all that training.json says."""
+
+    path: Path
+    step: int
+    settings: TrainSettings
+    machine: dict[str, Any]
+
+
+def save_checkpoint(
+    run: Path,
+    model: RWKV7,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    step: int,
+) -> Path:
+    """Writes the checkpoint of `step` steps done and removes all but the newest two.
+
+    It is written under another name, flushed to the disk and renamed, so that a kill or a full disk
+    at any moment leaves the earlier ones whole. Returns its folder; raises OSError when it cannot
+    be written.
+    """
+    folder = run / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
+    partial.mkdir()
+    try:
+        save_model(model, partial / MODEL, {"tokenizer": settings.tokenizer, "step": str(step)})
+        save_file(_moments(optimizer), partial / OPTIMIZER)
+        sizes = {name: (partial / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+        training = {
+            "format": FORMAT,
+            "step": step,
+            "tokenizer": settings.tokenizer,
+            "settings": settings.to_dict(),
+            "machine": machine(model),
+            "bytes": sizes,
+        }
+        (partial / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+        for name in (MODEL, OPTIMIZER, TRAINING):
+            _flush(partial / name)
+        if final.exists():  # left by an earlier run of the same step, perhaps damaged since
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"{final}: the checkpoint could not be written ({_reason(error)}); "
+            "the earlier ones are whole"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in sorted(_folders(run), reverse=True)[KEPT:]:
+        shutil.rmtree(old[1], ignore_errors=True)
+    return final
+
+
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, or None. Damaged and unfinished ones do not count."""
+    for step, path in sorted(_folders(run), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            training = json.loads((path / TRAINING).read_text(encoding="utf-8"))
+            if training["format"] != FORMAT:
+                raise ValueError(f"{path}: format {training['format']}, expected {FORMAT}")
+            if all((path / name).stat().st_size == n for name, n in training["bytes"].items()):
+                settings = TrainSettings.from_dict(training["settings"])
+                return Checkpoint(
+                    path=path, step=step, settings=settings, machine=training["machine"]
+                )
+    return None
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, device: torch.device
+) -> tuple[RWKV7, torch.optim.AdamW]:
+    """The model (fp32) and the optimizer as they were saved.
+
+    Raises ValueError when the files do not belong together.
+    """
+    model = load_model(checkpoint.path / MODEL, device=device, dtype=torch.float32)
+    optimizer = make_optimizer(model, checkpoint.settings)
+    path = checkpoint.path / OPTIMIZER
+    try:
+        moments = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    states: dict[int, dict[str, Tensor]] = {}
+    for index, (name, parameter) in enumerate(_in_order(optimizer)):
+        if f"{name}.step" in moments:  # absent before the first step
+            states[index] = {moment: moments.pop(f"{name}.{moment}") for moment in MOMENTS}
+            found = states[index]["exp_avg"].shape
+            if found != parameter.shape:
+                raise ValueError(
+                    f"{path}: {name}: expected the shape {list(parameter.shape)}, "
+                    f"found {list(found)}"
+                )
+    if moments:
+        raise ValueError(f"{path}: unknown tensors {', '.join(sorted(moments)[:3])}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return model, optimizer
+
+
+def machine(model: RWKV7) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the same bit for bit."""
+    return {
+        "torch": torch.__version__,
+        "device": model.emb.weight.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment].contiguous()
+        for name, parameter in _in_order(optimizer)
+        if parameter in optimizer.state
+        for moment in MOMENTS
+    }
+
+
+def _in_order(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Names and parameters in the order in which the optimizer numbers them."""
+    return [
+        pair
+        for group in optimizer.param_groups
+        for pair in zip(group["names"], group["params"], strict=True)
+    ]
+
+
+def _folders(run: Path) -> list[tuple[int, Path]]:
+    folder = run / "checkpoints"
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir():
+        # Makes the renaming survive a power cut; Windows neither can nor needs to.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    else:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,0 +1,109 @@
+"""One process to a run: a lock file that a crashed process does not leave locked.
+
+Uses nothing but a file that only one process can create, so that it works on every system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["RunIsBusyError", "run_lock"]
+
+NEWBORN = 10.0  # seconds in which a lock file may still be without its content
+_held: set[Path] = set()  # by this process
+
+
+class RunIsBusyError(ValueError):
+    """Another process is at work in the folder of the run."""
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Holds RUN/lock while the block runs. Raises RunIsBusyError when another process does.
+
+    The lock of a process of this machine that is no longer alive is taken over.
+    """
+    path = run.resolve() / "lock"
+    if not _create(path):
+        _remove_if_stale(path)
+        if not _create(path):
+            raise RunIsBusyError(_busy(path))
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        path.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+    return True
+
+
+def _remove_if_stale(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        seen = path.read_bytes()
+        if path in _held or not _stale(seen, time.time() - path.stat().st_mtime):
+            return
+        # Renaming decides between two processes that both saw the stale lock. Should the other
+        # have renewed it in between, what was taken away is its new lock and goes back.
+        aside = path.with_name(f"lock.{os.getpid()}")
+        path.rename(aside)
+        if aside.read_bytes() == seen:
+            aside.unlink()
+        else:
+            aside.rename(path)
+
+
+def _stale(content: bytes, age: float) -> bool:
+    try:
+        owner = json.loads(content)
+        pid, host = int(owner["pid"]), owner["host"]
+    except (ValueError, KeyError, TypeError):
+        return age > NEWBORN
+    # This very process does not hold it, or `_held` would say so: its number was used before.
+    return host == socket.gethostname() and (pid == os.getpid() or not _alive(pid))
+
+
+def _alive(pid: int) -> bool:
+    if sys.platform == "win32":  # where os.kill would end the process that it asks about
+        import ctypes
+
+        kernel, synchronize, timeout = ctypes.windll.kernel32, 0x00100000, 0x102
+        handle = kernel.OpenProcess(synchronize, False, pid)
+        alive = bool(handle) and kernel.WaitForSingleObject(handle, 0) == timeout
+        if handle:
+            kernel.CloseHandle(handle)
+        return alive
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # alive, and not ours
+        return True
+    return True
+
+
+def _busy(path: Path) -> str:
+    owner = {}
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads(path.read_bytes())
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'some machine')}"
+    return (
+        f"{path.parent}: {who} is training in this folder. Wait for it, or choose another folder; "
+        f"if it is certain that none is, delete {path}"
+    )

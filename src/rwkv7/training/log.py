@@ -1,0 +1,118 @@
+"""The record of a run: RUN/log.jsonl, a line of JSON per step and per evaluation, and its plot.
+
+What a person sees while the run goes on is left to report.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rwkv7.files import write_atomically
+
+from .evaluate import Evaluation
+
+__all__ = ["RunLog", "StepRecord", "plot_loss", "read_log"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One optimizer step. `step` counts from 1; the loss is cross entropy in nats per token."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # read in this step
+    seconds: float
+
+
+class RunLog:
+    """Appends to RUN/log.jsonl; a resumed run first forgets the lines after its checkpoint."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self._path = path
+        kept = [line for line in read_log(path) if line["step"] <= step] if step else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda file: _write_text(file, text))
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, record: StepRecord) -> None:
+        """Adds a step."""
+        self._write(asdict(record))
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Adds an evaluation after `step` steps."""
+        self._write(
+            {
+                "step": step,
+                "held_out_bits_per_byte": result.carried,
+                "held_out_bits_per_byte_state_dropped": result.dropped,
+                "held_out_bytes": result.bytes,
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()  # who follows the file sees each step
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. A last line that a kill left incomplete is not one of them."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def plot_loss(log: Path, image: Path) -> None:
+    """Draws the bits per byte of training and of the held-out text over the steps as a PNG."""
+    from matplotlib.figure import Figure  # takes half a second, so only when a plot is wanted
+
+    lines = read_log(log)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "held_out_bits_per_byte" in line]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [line["step"] for line in steps],
+        _smoothed([line["bits_per_byte"] for line in steps]),
+        label="training",
+        color="0.6",
+        linewidth=1,
+    )
+    for key, label in (
+        ("held_out_bits_per_byte", "held out, state carried"),
+        ("held_out_bits_per_byte_state_dropped", "held out, state dropped"),
+    ):
+        values = [line[key] for line in evaluations]
+        axes.plot([line["step"] for line in evaluations], values, marker="o", label=label)
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(image, lambda path: figure.savefig(path, format="png", dpi=120))
+
+
+def _smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """An exponential mean that starts at the first value's own level."""
+    smooth, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        smooth.append(mean / total)
+    return smooth

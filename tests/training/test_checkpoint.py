@@ -1,0 +1,130 @@
+"""A checkpoint is whole or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv7.config import ModelConfig
+from rwkv7.nn import RWKV7
+from rwkv7.training import TrainSettings, checkpoint
+from rwkv7.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from rwkv7.training.optim import make_optimizer
+
+CPU = torch.device("cpu")
+Trained = tuple[RWKV7, torch.optim.AdamW]
+
+
+@pytest.fixture
+def trained(settings: TrainSettings) -> Trained:
+    """A model and an optimizer after two steps on random gradients."""
+    model = RWKV7(ModelConfig.from_sizes(vocab_size=256, width=16, layers=2, head_size=8))
+    optimizer = make_optimizer(model, settings)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return model, optimizer
+
+
+def test_everything_comes_back(tmp_path: Path, trained: Trained, settings: TrainSettings) -> None:
+    model, optimizer = trained
+    path = save_checkpoint(tmp_path, model, optimizer, settings, 2)
+    assert path == tmp_path / "checkpoints" / "step-00000002"
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and (found.path, found.step) == (path, 2)
+    assert found.settings == settings
+    loaded, restored = load_checkpoint(found, CPU)
+    assert_same(trained, (loaded, restored))
+    # The next step, too, is the same.
+    for one, other in zip(model.parameters(), loaded.parameters(), strict=True):
+        one.grad = torch.ones_like(one)
+        other.grad = torch.ones_like(other)
+    optimizer.step()
+    restored.step()
+    assert_same(trained, (loaded, restored))
+
+
+def test_the_newest_two_are_kept_and_a_damaged_one_does_not_count(
+    tmp_path: Path, trained: Trained, settings: TrainSettings
+) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, *trained, settings, step)
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    with (folder / "step-00000003" / "optimizer.safetensors").open("rb+") as file:
+        file.truncate(100)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 2
+    (folder / "step-00000002" / "training.json").write_text("{")
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("failing", ["save_model", "save_file", "_flush"])
+def test_a_full_disk_leaves_the_old_one_whole(
+    tmp_path: Path,
+    trained: Trained,
+    settings: TrainSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    save_checkpoint(tmp_path, *trained, settings, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, failing, full)
+    with pytest.raises(OSError, match=r"step-00000002: .*No space left on device.* are whole"):
+        save_checkpoint(tmp_path, *trained, settings, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert_same(trained, load_checkpoint(found, CPU))
+
+
+def test_a_kill_while_saving_leaves_the_old_one_whole(
+    tmp_path: Path,
+    trained: Trained,
+    settings: TrainSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_checkpoint(tmp_path, *trained, settings, 1)
+    with monkeypatch.context() as patch:
+        # Without the clean-up, as after a kill just before the renaming.
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, *trained, settings, 2)
+    assert (tmp_path / "checkpoints" / ".step-00000002.partial" / "training.json").exists()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    save_checkpoint(tmp_path, *trained, settings, 3)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000003"]
+
+
+def test_moments_of_another_model_are_refused(
+    tmp_path: Path, trained: Trained, settings: TrainSettings
+) -> None:
+    save_checkpoint(tmp_path, *trained, settings, 1)
+    wide = RWKV7(ModelConfig.from_sizes(vocab_size=256, width=32, layers=2, head_size=8))
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    checkpoint.save_model(wide, found.path / "model.safetensors")
+    with pytest.raises(ValueError, match="expected the shape"):
+        load_checkpoint(found, CPU)
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    for (name, a), (_, b) in zip(
+        one[0].named_parameters(), other[0].named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    first, second = (checkpoint._moments(optimizer) for _, optimizer in (one, other))
+    assert first.keys() == second.keys()
+    for name, moment in first.items():
+        assert torch.equal(moment, second[name]), name

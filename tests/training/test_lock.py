@@ -1,0 +1,65 @@
+"""One process to a run, and a crashed one does not lock it for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rwkv7.training.lock import NEWBORN, RunIsBusyError, run_lock
+
+HOST = socket.gethostname()
+
+
+def test_the_second_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        with pytest.raises(RunIsBusyError, match=f"process {os.getpid()} on"), run_lock(tmp_path):
+            pass
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_living_process_is_respected_and_a_dead_one_is_not(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        write(tmp_path, process.pid, HOST)
+        with pytest.raises(RunIsBusyError, match=f"process {process.pid}"), run_lock(tmp_path):
+            pass
+    finally:
+        process.communicate(b"\n")
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_whose_lock_counts(tmp_path: Path) -> None:
+    # A process of this number that was before us, for instance in a restarted container.
+    write(tmp_path, os.getpid(), HOST)
+    with run_lock(tmp_path):
+        pass
+    # Nobody here can tell whether a process of another machine is alive.
+    write(tmp_path, 1, "another-machine")
+    with pytest.raises(RunIsBusyError, match="on another-machine"), run_lock(tmp_path):
+        pass
+
+
+def test_a_lock_without_content_counts_while_it_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with pytest.raises(RunIsBusyError), run_lock(tmp_path):
+        pass
+    old = path.stat().st_mtime - NEWBORN - 1
+    os.utime(path, (old, old))
+    with run_lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def write(run: Path, pid: int, host: str) -> None:
+    (run / "lock").write_text(json.dumps({"pid": pid, "host": host}))
