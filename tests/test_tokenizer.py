@@ -1,0 +1,94 @@
+"""Tokenizers give back every byte, and a stream of ids gives whole characters only."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv7.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, WorldTokenizer, get_tokenizer
+
+TEXT = "In the beginning, wörld 🌍 — 起初\n\n\tx = 1\0"
+
+
+@pytest.fixture(scope="module", params=["byte", "world"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "world":
+        pytest.importorskip("pyrwkv_tokenizer")
+    return get_tokenizer(request.param)
+
+
+def test_text_and_stray_bytes_come_back(tokenizer: Tokenizer) -> None:
+    for text in (TEXT.encode(), b"", b"\xff", b"ab\xe8\xb5cd\x80\x80", bytes(range(256))):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode_bytes(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode(TEXT) == tokenizer.encode(TEXT.encode())
+    # What the shell hands over as an argument that is not UTF-8.
+    assert tokenizer.decode_bytes(tokenizer.encode("a\udcffb")) == b"a\xffb"
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_any_bytes_come_back(data: bytes) -> None:
+    byte = ByteTokenizer()
+    assert byte.decode_bytes(byte.encode(data)) == data
+
+
+def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"found {wrong}"):
+            tokenizer.decode_bytes([65, wrong])
+
+
+def test_world_is_the_longest_match_over_the_published_vocabulary() -> None:
+    pytest.importorskip("pyrwkv_tokenizer")
+    world = WorldTokenizer()
+    assert world.encode("\n") == [11]
+    assert world.decode_bytes([world.end_of_document or 0, 65533]) == b""
+    known = {token: i for i, token in enumerate(world._table) if token}
+    data, ids, position = TEXT.encode() * 3, [], 0
+    while position < len(data):
+        length = next(n for n in range(128, 0, -1) if data[position : position + n] in known)
+        ids.append(known[data[position : position + length]])
+        position += length
+    assert world.encode(data) == ids
+
+
+def test_world_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
+    with pytest.raises(ValueError, match=r"rwkv7\[world\]"):
+        get_tokenizer("world")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match='"byte", "world", found \'words\''):
+        get_tokenizer("words")
+
+
+def test_stream_gives_whole_characters_only(tokenizer: Tokenizer) -> None:
+    decoder = StreamDecoder(tokenizer)
+    pieces = [decoder.feed(i) for i in tokenizer.encode(TEXT)]
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert decoder.pending == b"" and decoder.flush() == ""
+
+
+def test_stream_cut_inside_a_character_goes_on_in_another_decoder() -> None:
+    byte = ByteTokenizer()
+    ids = byte.encode(TEXT)
+    for cut in range(len(ids)):
+        first = StreamDecoder(byte)
+        text = "".join(map(first.feed, ids[:cut]))
+        second = StreamDecoder(byte, pending=first.pending)
+        assert text + "".join(map(second.feed, ids[cut:])) == TEXT
+
+
+def test_stream_shows_stray_and_unfinished_bytes() -> None:
+    decoder = StreamDecoder(ByteTokenizer())
+    assert decoder.feed(0xFF) == "\ufffd"
+    assert decoder.feed(0xE8) == "" and decoder.pending == b"\xe8"
+    assert decoder.flush() == "\ufffd" and decoder.pending == b""
+    assert decoder.feed(65) == "A"
