@@ -96,7 +96,7 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
     """`function` whose mistakes of the user, and Ctrl-C, end in one line and an exit code."""
 
     @functools.wraps(function)
-    def verb(*args: Any, **kwargs: Any) -> Any:
+    def _guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except BrokenPipeError:
@@ -112,7 +112,7 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
             print(f"error: {_one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
 
-    return verb
+    return _guarded
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from rwkv7.state import state_from_fla, state_to_fla
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.contract import DECAY_SCALE, state_dtype
 
@@ -156,9 +157,9 @@ def _run(
     state = None
     if initial_state is not None:
         _check_initial_state(initial_state, k, v, cu_seqlens)
-        state = initial_state.transpose(-1, -2).to(state_dtype(dtype))
+        state = state_from_fla(initial_state).to(state_dtype(dtype))
     y, final = wkv7(r, w, k, v, a, b, state, decay=decay, cu_seqlens=cu_seqlens)
-    return y.to(dtype), final.transpose(-1, -2).contiguous() if output_final_state else None
+    return y.to(dtype), state_to_fla(final) if output_final_state else None
 
 
 def _is_power_of_two(x: float) -> bool:
