@@ -23,6 +23,21 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_called(name: str | None) -> torch.device:
+    """The device of that name, the best one for None; ValueError where it is not to be had."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: {name!r} cannot be used here ({reason}); the best is {best_device()}"
+        ) from None
+    return device
+
+
 def device_name(device: torch.device) -> str:
     """The device's own name, such as that of the card or of the processor."""
     if device.type == "cuda":

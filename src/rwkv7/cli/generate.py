@@ -81,11 +81,11 @@ def generate(
 
 
 def _load(path: Path, device: str | None) -> RWKV7:
-    from rwkv7.machine import best_device
+    from rwkv7.machine import device_called
     from rwkv7.weights import load_model
 
     start = time.perf_counter()
-    network = load_model(path, device=device or best_device()).eval()
+    network = load_model(path, device=device_called(device)).eval()
     sizes = network.config
     _say(
         f"{path}: {sizes.layers} layers, width {sizes.width}, on {network.device} "
