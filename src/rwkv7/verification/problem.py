@@ -5,6 +5,7 @@ The head is square on purpose: K = V hides a transposed state from every check o
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,11 +57,19 @@ class Problem:
         self.dy = normal(B, T, H, V).to(dtype)
         wide = state_dtype(dtype)
         self.dfinal = normal(B, H, V, K).to(wide)
-        self._random = normal(B, H, V, K).to(wide)
+        self.random = normal(B, H, V, K).to(wide)
+
+    def to(self, device: torch.device) -> Problem:
+        """The same problem with its tensors there, so that running it moves none."""
+        moved = copy.copy(self)
+        moved.inputs = [x.to(device) for x in self.inputs]
+        moved.dy, moved.dfinal = self.dy.to(device), self.dfinal.to(device)
+        moved.random = self.random.to(device)
+        return moved
 
     def state(self, kind: str) -> Tensor | None:
         """The initial state of that kind, one of STATES: [B, H, V, K] or None."""
-        states = {"none": None, "zero": torch.zeros_like(self._random), "random": self._random}
+        states = {"none": None, "zero": torch.zeros_like(self.random), "random": self.random}
         return states[kind]
 
     def reference(self, kind: str) -> dict[str, Tensor]:
