@@ -13,6 +13,7 @@ from talking_model import REFRAIN, talking_model
 from rwkv7 import generate as module
 from rwkv7.generate import Session, generate
 from rwkv7.sampling import Sampler
+from rwkv7.state import ModelState
 
 LENGTH = 26  # two refrains and a bit: cuts fall between and inside characters of 2, 3 and 4 bytes
 PROMPT = list("so: aé".encode())
@@ -155,7 +156,7 @@ def saved(model, tmp_path):
 
 
 def test_a_session_of_other_sizes_is_refused_in_words(saved):
-    with pytest.raises(ValueError, match=r"another model, of layers 2 \(the model's: 3\)"):
+    with pytest.raises(ValueError, match=r"another model: it has layers 2 \(the model's: 3\)"):
         Session.load(saved, talking_model(layers=3))
 
 
@@ -180,6 +181,23 @@ def test_a_truncated_session_is_refused(saved, model, size):
         Session.load(saved, model)
 
 
+def test_a_state_alone_is_a_past_without_a_token(model, tmp_path):
+    with torch.no_grad():
+        _, state = model(torch.tensor([PROMPT[:4]]))
+    state.save(tmp_path / "state.safetensors", model.config)
+    session = Session.load(tmp_path / "state.safetensors", model)
+    session.sampler = sampler(1.0)
+    session.feed(model, PROMPT[4:])
+    assert list(session.run(model, LENGTH)) == uncut(model, 1.0)
+
+
+def test_a_state_of_two_texts_is_refused(model, tmp_path):
+    state = ModelState.zeros(model.config, 2)
+    state.save(tmp_path / "state.safetensors", model.config)
+    with pytest.raises(ValueError, match="for 1 sequences of this model"):
+        Session.load(tmp_path / "state.safetensors", model)
+
+
 def test_a_missing_file_is_an_oserror(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         Session.load(tmp_path / "nothing", model)
@@ -194,26 +212,28 @@ def rewritten(path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     about = json.loads(metadata["session"])
     change(tensors, metadata, about)
-    if "session" in metadata:
+    if metadata["session"] != "{":
         metadata["session"] = json.dumps(about)
     save_file(tensors, path, metadata)
 
 
 BROKEN = {
-    "not a session": lambda t, m, a: m.update(format="rwkv7-model"),
-    "version '2'": lambda t, m, a: m.update(version="2"),
-    "expected the layout": lambda t, m, a: m.update(layout="[B, H, K, V]"),
-    "its config cannot be read": lambda t, m, a: m.update(config="{"),
-    "its session cannot be read": lambda t, m, a: m.pop("session"),
+    "kind": lambda t, m, a: m.update(kind="something else"),
+    "layout 'B, H, V, K'": lambda t, m, a: m.update(layout="B, H, K, V"),
+    "its own part cannot be read": lambda t, m, a: m.update(session="{"),
+    "a session of version 2": lambda t, m, a: a.update(version=2),
     "its token cannot be read": lambda t, m, a: a.update(token="7"),
     "ids from 0 to 255, found 300": lambda t, m, a: a.update(token=300),
     "its pending bytes": lambda t, m, a: a.update(pending="zz"),
     "sampler: top_p": lambda t, m, a: a["sampler"].update(top_p="x"),
     "top_p: expected a number from 0": lambda t, m, a: a["sampler"].update(top_p=7.0),
     "its sampler cannot be read": lambda t, m, a: a.update(sampler=[1]),
-    "tensors are missing or unknown": lambda t, m, a: t.pop("layers.1.wkv"),
+    "lacks layers.1.wkv": lambda t, m, a: t.pop("layers.1.wkv"),
     "not a number": lambda t, m, a: t["layers.0.wkv"].fill_(float("nan")),
     r"wkv: expected \[1, 2, 32, 32\]": lambda t, m, a: t.update({"layers.0.wkv": torch.ones(3)}),
+    "time_shift: expected": lambda t, m, a: t.update(
+        {name: torch.ones(1, 3) for name in t if name.endswith("shift")}
+    ),
 }
 
 

@@ -13,21 +13,17 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from .config import ModelConfig
 from .files import write_atomically
 from .nn import RWKV7
 from .sampling import Sampler
-from .state import LayerState, ModelState
+from .state import ModelState
 
-_FORMAT, _VERSION = "rwkv7-session", "1"
-_LAYOUT = "wkv [B, H, V, K], time_shift [B, C], channel_shift [B, C]"
+_VERSION = 1  # of what a session file holds beside the state
 # Tokens of a prompt read in one call; bounds the memory that a long prompt takes.
 _PREFILL = 2048
 
@@ -112,32 +108,23 @@ class Session:
         Raises OSError (a full disk, a folder that is missing): an older file is then still whole.
         """
         state = self.state or ModelState.zeros(model.config, 1, model.dtype, "cpu")
-        tensors = {
-            f"layers.{i}.{name}": x.cpu().contiguous()
-            for i, layer in enumerate(state.layers)
-            for name, x in zip(LayerState._fields, layer, strict=True)
-        }
-        # Shared memory (views of one tensor) is refused by the format.
-        tensors = {name: x.clone() for name, x in tensors.items()}
+        tensors, metadata = state.to_tensors(model.config)
         about = {
+            "version": _VERSION,
             "token": self.token,
             "ended": self.ended,
             "pending": self.pending.hex(),
             "sampler": self.sampler.state_dict(),
             "weights": _fingerprint(model),
         }
-        metadata = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "layout": _LAYOUT,
-            "config": json.dumps(model.config.to_dict()),
-            "session": json.dumps(about),
-        }
+        metadata["session"] = json.dumps(about)
         write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: RWKV7) -> Session:
         """Read what `save` wrote, for the same model, on its device. Nothing in it is executed.
+
+        A file of `ModelState.save` will do too: a text that has a past, and starts with a prompt.
 
         Raises:
             ValueError: not a session, a broken one, or one of another model; says what differs.
@@ -152,8 +139,11 @@ class Session:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a session, or a truncated one ({error})") from None
         try:
-            return _restored(metadata, tensors, model)
-        except ValueError as error:
+            state = _placed(ModelState.from_tensors(tensors, metadata, model.config), model)
+            if "session" not in metadata:
+                return Session(Sampler(), state)
+            return _restored(metadata["session"], state, model)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -163,74 +153,38 @@ def _check_ids(model: RWKV7, tokens: Sequence[int]) -> None:
         raise ValueError(f"tokens: expected ids from 0 to {V - 1}, found {wrong[0]}")
 
 
-def _restored(metadata: dict[str, str], tensors: dict[str, Tensor], model: RWKV7) -> Session:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"not a session: its format is {metadata.get('format')!r}")
-    if metadata.get("version") != _VERSION:
+def _placed(state: ModelState, model: RWKV7) -> ModelState:
+    if any(not bool(x.isfinite().all()) for layer in state.layers for x in layer):
+        raise ValueError("a broken session: its state holds what is not a number")
+    state = state.to(device=model.device, dtype=model.dtype)
+    state.check(model.config, 1, model.dtype, model.device)
+    return state
+
+
+def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
+    try:
+        about = json.loads(text)
+    except json.JSONDecodeError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError("a broken session: its own part cannot be read")
+    if about.get("version") != _VERSION:
         raise ValueError(
-            f"a session of version {metadata.get('version')!r}; this library reads {_VERSION!r}"
+            f"a session of version {about.get('version')!r}; this library reads {_VERSION}"
         )
-    if metadata.get("layout") != _LAYOUT:
-        raise ValueError(f"expected the layout {_LAYOUT}, found {metadata.get('layout')}")
-    _check_sizes(_parsed(metadata, "config"), model.config)
-    about = _parsed(metadata, "session")
-    session = _described(about)
     if about.get("weights") != _fingerprint(model):
         raise ValueError("the session belongs to other weights of the same sizes as this model's")
-    if session.token is not None:
-        _check_ids(model, [session.token])
-    session.state = _gathered(tensors, model)
-    return session
-
-
-def _parsed(metadata: dict[str, str], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(metadata.get(name, ""))
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"a broken session: its {name} cannot be read")
-    return value
-
-
-def _check_sizes(found: dict[str, Any], config: ModelConfig) -> None:
-    expected = config.to_dict()
-    differing = [
-        f"{name} {found.get(name)} (the model's: {size})"
-        for name, size in expected.items()
-        if found.get(name) != size
-    ]
-    if differing:
-        raise ValueError(f"the session belongs to another model, of {', '.join(differing)}")
-
-
-def _described(about: dict[str, Any]) -> Session:
     token, ended, sampler = about.get("token"), about.get("ended"), about.get("sampler")
-    try:
-        pending = bytes.fromhex(about.get("pending", ""))
-    except (TypeError, ValueError):
-        raise ValueError("a broken session: its pending bytes cannot be read") from None
     if not isinstance(ended, bool) or type(token) not in (int, type(None)):
         raise ValueError("a broken session: its token cannot be read")
     if not isinstance(sampler, dict):
         raise ValueError("a broken session: its sampler cannot be read")
-    return Session(Sampler.from_state_dict(sampler), None, token, ended, pending)
-
-
-def _gathered(tensors: dict[str, Tensor], model: RWKV7) -> ModelState:
-    expected = [
-        f"layers.{i}.{name}" for i in range(model.config.layers) for name in LayerState._fields
-    ]
-    if sorted(tensors) != sorted(expected):
-        raise ValueError("a broken session: tensors are missing or unknown")
-    if any(not x.is_floating_point() or not bool(x.isfinite().all()) for x in tensors.values()):
-        raise ValueError("a broken session: its state holds what is not a number")
-    parts = [tensors[name] for name in expected]
-    layers = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
-    state = ModelState(tuple(LayerState(*layer) for layer in layers))
-    state = state.to(device=model.device, dtype=model.dtype)
-    state.check(model.config, 1, model.dtype, model.device)
-    return state
+    try:
+        pending = bytes.fromhex(about.get("pending", ""))
+    except (TypeError, ValueError):
+        raise ValueError("a broken session: its pending bytes cannot be read") from None
+    _check_ids(model, [] if token is None else [token])
+    return Session(Sampler.from_state_dict(sampler), state, token, ended, pending)
 
 
 def _fingerprint(model: RWKV7) -> str:
