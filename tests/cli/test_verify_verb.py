@@ -60,6 +60,18 @@ def test_a_failing_backend_is_exit_code_1(monkeypatch, capsys, tmp_path):
     assert {r["dtype"] for r in report["rows"] if not r["ok"]} == {"float32"}
 
 
+def test_a_backend_that_crashes_is_shown_and_the_rest_is_too(monkeypatch, capsys, tmp_path):
+    def crash(call, save):
+        raise RuntimeError("the kernel did not compile")
+
+    monkeypatch.setattr("rwkv7.verification.checks.wkv7_step_", lambda *_: crash(None, None))
+    assert run("--json", tmp_path / "v.json", "--plot", tmp_path / "v.png") == 1
+    out = capsys.readouterr().out
+    assert "wkv7_step_: RuntimeError: the kernel did not compile" in out
+    assert "reference on cpu" in out
+    assert "seen" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
+from rwkv7.compat.fla import chunk_rwkv7
 from rwkv7.state import ModelState
 from rwkv7.verification import Sizes, backend_checks, peer_checks
 from rwkv7.verification.checks import Refusal, operator_check
+from rwkv7.verification.peers import _by_fla
 from rwkv7.verification.problem import STATES, Problem
 from rwkv7.wkv7 import registry, wkv7
 from rwkv7.wkv7.tolerance import BOUNDS, RESULTS
@@ -57,6 +60,15 @@ def broken(r, w, k, v, a, b, state):
 def test_a_broken_operator_fails(operator):
     (row,) = rows_of(operator)
     assert not row.ok
+
+
+def test_an_operator_that_raises_has_failed():
+    def raising(*_):
+        raise RuntimeError("no such\n kernel")
+
+    (row,) = rows_of(raising)
+    assert not row.ok
+    assert row.crash == "RuntimeError: no such kernel"
 
 
 def test_a_dropped_gradient_is_named():
@@ -111,6 +123,14 @@ def test_fla_without_a_gpu_says_so(monkeypatch):
     assert checks == []
     assert refusal.subject == "fla"
     assert "GPU" in refusal.reason
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_fla_is_given_its_own_conventions(kind):
+    # The stand-in has their signature, their log decay and their layout, and runs anywhere.
+    chunk = functools.partial(chunk_rwkv7, scale=1.0, output_final_state=True)
+    (row,) = rows_of(functools.partial(_by_fla, chunk), kind, torch.bfloat16)
+    assert row.ok, row
 
 
 def test_the_rwkv_package_agrees_with_the_model():

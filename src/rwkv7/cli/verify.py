@@ -100,6 +100,8 @@ def _show(
     )
     for (subject, device), group in itertools.groupby(rows, lambda row: (row.subject, row.device)):
         console.print(_table(subject, device, list(group)))
+    for crash in dict.fromkeys(f"{row.subject}: {row.crash}" for row in rows if row.crash):
+        console.print(Text(crash, style="bold red"))
     for refusal in refusals:
         console.print(Text(f"not here: {refusal.subject}: {refusal.reason}", style="yellow"))
     failed = [row for row in rows if not row.ok]
@@ -116,14 +118,14 @@ def _table(subject: str, device: str, rows: list[Row]) -> Table:
     )
     names = _names(rows)
     table.add_column("", no_wrap=True)
-    for name in names:
+    for name in names or ["raised"]:
         table.add_column("dS0" if name == "dstate" else name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for dtype, group in itertools.groupby(rows, lambda row: row.dtype):
         members = list(group)
         bounds = {name: measure for row in members for name, measure in row.measures.items()}
         cells = [_number(bounds[name].bound) for name in names]
-        table.add_row(f"{_short(dtype)} bound", *cells, style="dim")
+        table.add_row(f"{_short(dtype)} {'bound' if names else ''}", *cells, style="dim")
         for row in members:
             table.add_row(f"     {row.state}", *(_cell(row, n) for n in names), _verdict(row))
     return table
@@ -198,5 +200,6 @@ def _plain(row: Row) -> dict[str, Any]:
         "state": row.state,
         "ok": row.ok,
         "mistake on purpose": row.mistake,
+        "crash": row.crash,
         "errors": errors,
     }

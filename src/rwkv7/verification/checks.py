@@ -35,10 +35,13 @@ class Row:
     state: str
     measures: Mapping[str, Measure]
     mistake: bool = False  # made on purpose: right is when the comparison sees it
+    crash: str = ""  # what the subject raised instead of giving results
 
     @property
     def ok(self) -> bool:
         """Whether every error is within its bound; for a mistake, whether y and state are not."""
+        if self.crash:
+            return False
         if self.mistake:
             return not any(self.measures[name].ok for name in ("y", "state"))
         return all(measure.ok for measure in self.measures.values())
@@ -100,10 +103,13 @@ def operator_check(
     """The check of one operator on one problem with one kind of initial state."""
 
     def run() -> list[Row]:
-        found = problem.run(operator, kind, device, gradients=gradients)
+        row = functools.partial(Row, subject, device.type, problem.dtype, kind)
+        try:
+            found = problem.run(operator, kind, device, gradients=gradients)
+        except Exception as error:  # one that crashes has failed; the others are still wanted
+            return [row({}, crash=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])]
         measures = compare(found, problem.reference(kind), problem.dtype)
-        mistake = subject == TRANSPOSED
-        return [Row(subject, device.type, problem.dtype, kind, measures, mistake)]
+        return [row(measures, mistake=subject == TRANSPOSED)]
 
     return Check(subject, device.type, run)
 
