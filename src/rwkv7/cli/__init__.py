@@ -1,0 +1,121 @@
+"""The command `rwkv7`: which verbs there are, and how mistakes end.
+
+A verb is one file here, holding one function of its name; it is imported when it is asked for.
+What a verb does is the library's affair: these files read arguments and show results.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+
+__all__ = ["main"]
+
+# Each verb's file and function bear its name; a verb whose file is missing is not listed.
+_VERBS = {
+    "demo": "The whole story in minutes: verify, train, generate, save, go on.",
+    "verify": "Check every backend here against the recurrence in float64.",
+    "train": "Train a model on text.",
+    "generate": "Continue a text with a trained model.",
+    "bench": "Time the operator's backends side by side.",
+    "doctor": "Say what this machine can run.",
+}
+
+USER_MISTAKES = (ValueError, TypeError, OSError, torch.OutOfMemoryError)
+STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
+PIPE_CLOSED = 141  # and for one whose reader went away
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (`sys.argv` when `arguments` is None) and exit.
+
+    Exit codes: 0 done; 1 a verb's own "no" (`verify`); 2 a mistake in the call, told in one line
+    on stderr; 130 stopped by Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _app(given)(args=given, prog_name="rwkv7")
+
+
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    """The application for this call: the verb that it names, and the others for `--help` alone."""
+    app = typer.Typer(
+        help="RWKV-7 for PyTorch with state you can trust.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    developer = False
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", is_eager=True, callback=_version, help="Say it and exit."),
+        ] = False,
+        traceback: Annotated[
+            bool, typer.Option("--traceback", help="Show where an error arose, for developers.")
+        ] = False,
+    ) -> None:
+        nonlocal developer
+        developer = traceback
+
+    for verb, line in _VERBS.items():
+        if verb == wanted and _exists(verb):
+            function = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
+            app.command(verb)(_ending_well(function, lambda: developer))
+        elif _exists(verb):
+            app.command(verb, help=line)(_unused)
+    return app
+
+
+def _exists(verb: str) -> bool:
+    return importlib.util.find_spec(f"{__name__}.{verb}") is not None
+
+
+def _unused() -> None:
+    """Stands for a verb in the list that `--help` shows."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rwkv7 {importlib.metadata.version('rwkv7')} (torch {torch.__version__})")
+        raise typer.Exit()
+
+
+def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) -> Callable[..., Any]:
+    """`function` whose mistakes of the user, and Ctrl-C, end in one line and an exit code."""
+
+    @functools.wraps(function)
+    def _guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except BrokenPipeError:
+            # Python would complain once more when it flushes stdout on its way out.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            raise typer.Exit(STOPPED) from None
+        except USER_MISTAKES as error:
+            if developer():
+                raise
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return _guarded
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,87 @@
+"""The machine underneath: which device to use, and what to write beside a measurement."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+# What can change a number or a time here.
+_PACKAGES = ("rwkv7", "torch", "triton", "numpy", "safetensors")
+
+
+def best_device() -> torch.device:
+    """CUDA (or ROCm) when there is one, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def device_called(name: str | None) -> torch.device:
+    """The device of that name, the best one for None; ValueError where it is not to be had."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: {name!r} cannot be used here ({reason}); the best is {best_device()}"
+        ) from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device's own name, such as that of the card or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, str | int]:
+    """Machine, threads and versions, as they belong beside a result; nothing personal in it."""
+    found: dict[str, str | int] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
+    versions = {name: package_version(name) for name in _PACKAGES}
+    return {**found, **{name: version for name, version in versions.items() if version}}
+
+
+def available_cores() -> int:
+    """The cores this process may use, which a container can make fewer than there are."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    # platform.processor() is empty or the bare architecture on Linux.
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

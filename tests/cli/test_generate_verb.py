@@ -1,0 +1,148 @@
+"""`rwkv7 generate`: whole characters on stdout, sessions that go on, and mistakes in words."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from talking_model import talking_model
+
+from rwkv7.cli import main
+from rwkv7.generate import Session
+from rwkv7.weights import save_model
+
+LENGTH = 22
+SAMPLED = ("--temperature", "0.8", "--top-k", "30", "--top-p", "0.99", "--seed", "4")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "talking.safetensors"
+    save_model(talking_model(), path)
+    return path
+
+
+@pytest.fixture
+def rwkv7(capfd):
+    """Run the command: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def text(rwkv7, checkpoint, *arguments) -> str:
+    code, out, err = rwkv7("generate", checkpoint, "--device", "cpu", *arguments)
+    assert code == 0, err
+    return out
+
+
+def test_the_refrain_comes_in_whole_characters(rwkv7, checkpoint):
+    out = text(rwkv7, checkpoint, "--prompt", "\n", "--temperature", 0, "--tokens", 24)
+    assert out == "aé€𝄞b\naé€𝄞b\n"
+
+
+@pytest.mark.parametrize("settings", [("--temperature", "0"), SAMPLED], ids=["greedy", "sampled"])
+def test_cut_anywhere_the_text_is_the_same(rwkv7, checkpoint, tmp_path, settings):
+    whole = text(rwkv7, checkpoint, "--prompt", "é", *settings, "--tokens", LENGTH)
+    assert "€" in whole
+    for cut in range(LENGTH + 1):
+        session = tmp_path / f"{cut}"
+        options = ("--prompt", "é", *settings, "--tokens", cut, "--state-out", session)
+        first = text(rwkv7, checkpoint, *options)
+        second = text(rwkv7, checkpoint, "--state-in", session, "--tokens", LENGTH - cut)
+        assert first + second == whole, f"cut at {cut}"
+
+
+def test_greedy_cuts_fall_inside_characters(checkpoint, rwkv7, tmp_path):
+    pending = set()
+    for cut in range(1, 13):
+        options = ("--prompt", "\n", "--temperature", 0, "--tokens", cut)
+        text(rwkv7, checkpoint, *options, "--state-out", tmp_path / "s")
+        pending.add(Session.load(tmp_path / "s", talking_model()).pending)
+    assert pending >= {b"", b"\xc3", b"\xe2", b"\xe2\x82", b"\xf0", b"\xf0\x9d", b"\xf0\x9d\x84"}
+
+
+def test_an_unfinished_character_ends_a_text_without_a_session(rwkv7, checkpoint):
+    assert text(rwkv7, checkpoint, "--prompt", "\n", "--temperature", 0, "--tokens", 2) == "a\ufffd"
+
+
+def test_a_prompt_is_appended_to_a_session(rwkv7, checkpoint, tmp_path):
+    options = ("--prompt", "\n", "--temperature", 0, "--tokens", 3, "--state-out", tmp_path / "s")
+    assert text(rwkv7, checkpoint, *options) == "aé"
+    more = ("--state-in", tmp_path / "s", "--prompt", "𝄞", "--tokens", 3)
+    assert text(rwkv7, checkpoint, *more) == "b\na"
+
+
+def test_settings_of_a_session_can_be_replaced(rwkv7, checkpoint, tmp_path):
+    text(
+        rwkv7, checkpoint, "--prompt", "\n", *SAMPLED, "--tokens", 0, "--state-out", tmp_path / "s"
+    )
+    more = ("--state-in", tmp_path / "s", "--tokens", 12)
+    assert text(rwkv7, checkpoint, *more, "--temperature", 0) == "aé€𝄞b\n"
+    again = text(rwkv7, checkpoint, *more, "--seed", 5)
+    assert again == text(rwkv7, checkpoint, "--prompt", "\n", *SAMPLED[:-1], 5, "--tokens", 12)
+
+
+def test_without_a_prompt_it_starts_on_a_new_line(rwkv7, checkpoint):
+    out = text(rwkv7, checkpoint, "--temperature", 0, "--tokens", 12)
+    assert out == "aé€𝄞b\n"
+
+
+def test_everything_but_the_text_is_on_stderr(rwkv7, checkpoint):
+    code, out, err = rwkv7("generate", checkpoint, "--tokens", 3, *SAMPLED[:2], "--device", "cpu")
+    assert code == 0
+    assert "seed" not in out
+    assert "3 tokens" in err
+    assert "seed" in err
+
+
+def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_path, monkeypatch):
+    whole = text(rwkv7, checkpoint, "--prompt", "é", *SAMPLED, "--tokens", LENGTH)
+    plain, drawn = Session.run, []
+
+    def interrupted(self, *arguments):
+        for token in plain(self, *arguments):
+            drawn.append(token)
+            if len(drawn) == 7:
+                signal.raise_signal(signal.SIGINT)
+            yield token
+
+    monkeypatch.setattr(Session, "run", interrupted)
+    options = ("--prompt", "é", *SAMPLED, "--tokens", LENGTH, "--state-out", tmp_path / "s")
+    code, first, err = rwkv7("generate", checkpoint, *options, "--device", "cpu")
+    assert code == 130
+    assert len(drawn) == 7
+    assert "saved" in err
+    second = text(rwkv7, checkpoint, "--state-in", tmp_path / "s", "--tokens", LENGTH - 7)
+    assert first + second == whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--temperature", "-1"), "temperature: expected"),
+        (("--top-p", "2"), "top_p: expected"),
+        (("--state-out", "/nowhere/at/all/s"), "--state-out: the folder"),
+        (("--state-in", "/nowhere/s"), "/nowhere/s: No such file"),
+        (("--device", "abacus"), "device: 'abacus' cannot be used here"),
+        (("--device", "cuda:77"), "device: 'cuda:77' cannot be used here"),
+    ],
+)
+def test_mistakes_are_one_line(rwkv7, checkpoint, arguments, line):
+    code, out, err = rwkv7("generate", checkpoint, "--tokens", 1, *arguments)
+    assert (code, out) == (2, "")
+    assert line in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_model_that_is_not_there(rwkv7, tmp_path):
+    code, _, err = rwkv7("generate", tmp_path / "none.pth")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "none.pth" in err
