@@ -62,5 +62,5 @@ bench: $(READY)
 	$(BIN)/rwkv7 bench
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info rwkv7-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info rwkv7-demo* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
