@@ -1,0 +1,44 @@
+"""The examples run, and what they print is what their texts promise."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def differences(printed):
+    return [float(number) for number in re.findall(r"by (\d\.\de[+-]\d+)", printed)]
+
+
+def run(name, capsys, **replaced):
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), {})["main"](**replaced)
+    return capsys.readouterr().out
+
+
+def test_operator_state(capsys):
+    *handed_over, forgotten = differences(run("operator_state", capsys))
+    assert len(handed_over) == 9  # y, the final state, and seven gradients
+    assert max(handed_over) < 1e-5
+    assert forgotten > 0.1
+
+
+def test_moving_over(capsys):
+    *equal, y_wrong, state_wrong = differences(run("moving_over", capsys))
+    assert len(equal) == 4
+    assert max(equal) < 1e-5
+    assert min(y_wrong, state_wrong) > 0.1
+
+
+def test_tiny_model(capsys):
+    printed = run("tiny_model", capsys, steps=3)
+    assert "the same as one uninterrupted text: True" in printed
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_a_script_that_says_what_it_shows(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith('"""')
+    assert f"python examples/{path.name}" in text
