@@ -34,7 +34,7 @@ class ChunkedBackend:
         return f"chunks of up to {CHUNK} tokens, matrix products, pairs weighed {how}"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
-        """The state at the start of every chunk; for packed calls an upper bound of their number."""
+        """One state a chunk, taken before it; for packed calls room for the most there can be."""
         B, T, H, K, V = call.sizes
         if call.cu_seqlens is None:
             return (B * -(-T // CHUNK), H, V, K)
@@ -44,7 +44,8 @@ class ChunkedBackend:
         """y, the final state, and the states at chunk starts when `save`."""
         y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
         final = call.initial_state().clone(memory_format=torch.contiguous_format)
-        saved = final.new_empty(self.saved_shape(call) if save else (0,))
+        # Zeros, because a packed call seldom fills all of it.
+        saved = final.new_zeros(self.saved_shape(call) if save else (0,))
         plan = make_plan(call)
         for group in plan.groups:
             state = final[group.rows]

@@ -8,6 +8,7 @@ same whatever it is batched or packed with.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ class Plan:
 
     def _dense(self, x: Tensor, piece: Piece, steps: int) -> Tensor:
         """The whole chunks of a piece as a view [steps, sequences, H, C, X] of x."""
-        C, X = piece.chunk, x.shape[-1]
+        C = piece.chunk
         part = x[piece.rows, piece.start : piece.start + steps * C]
         return part.unflatten(1, (steps, C)).permute(1, 0, 3, 2, 4)
 
@@ -124,7 +125,7 @@ def make_plan(call: Call) -> Plan:
                 taken += sum(sum(piece.counts) for piece in groups[-1].pieces)
         return Plan(groups, H, T)
     offsets = call.cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
     taken = 0
     for chosen in _batches(lengths, max(1, matrices // H)):
         index = torch.tensor(chosen, device=call.r.device)

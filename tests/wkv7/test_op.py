@@ -1,0 +1,121 @@
+"""The face of the operator: choice of backend, torch.library, autocast, modes, one-token steps."""
+
+import pytest
+import torch
+from wkv7.cases import PACKED, Case, backends, make_inputs
+
+import rwkv7
+from rwkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7.registry import get_backend
+
+
+def leaves(dtype: torch.dtype = torch.float32, **sizes: object) -> list[torch.Tensor]:
+    return [x.requires_grad_() for x in make_inputs(Case(T=20, **sizes), dtype)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_gradcheck(backend: str) -> None:
+    inputs = [x.requires_grad_() for x in make_inputs(Case(T=3, K=3, V=2, B=1), torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", backends())
+def test_opcheck(backend: str, packed: bool, save: bool) -> None:
+    case = Case(T=20, offsets=PACKED if packed else None)
+    inputs = [x.requires_grad_(save) for x in make_inputs(case, torch.float32)]
+    offsets = torch.tensor(PACKED) if packed else None
+    torch.library.opcheck(
+        torch.ops.rwkv7.wkv7.default, (*inputs, "logit", offsets, backend, save, False)
+    )
+
+
+def test_opcheck_of_a_step() -> None:
+    inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
+    pool = torch.randn(5, 2, 16, 16)
+    slots = torch.tensor([3, -1])
+    torch.library.opcheck(torch.ops.rwkv7.wkv7_step_.default, (*inputs, pool, "logit", slots))
+
+
+@pytest.mark.parametrize("backend", [None, *backends()])
+def test_compiles_into_one_graph(backend: str | None) -> None:
+    inputs = leaves()
+
+    def loss(*x: torch.Tensor) -> torch.Tensor:
+        with rwkv7.batch_invariant():
+            y, state = wkv7(*x, backend=backend)
+        return (y**2).sum() + state.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    found = torch.autograd.grad(compiled(*inputs), inputs)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_activation_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = leaves()
+    expected = torch.autograd.grad(wkv7(*inputs)[0].sum(), inputs)
+    y, _ = checkpoint(wkv7, *inputs, use_reentrant=False)
+    assert all(
+        torch.equal(x, z)
+        for x, z in zip(torch.autograd.grad(y.sum(), inputs), expected, strict=True)
+    )
+
+
+def test_autocast_casts_all_but_w_and_leaves_the_arithmetic_alone() -> None:
+    inputs = leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = wkv7(*inputs)
+    low = [x if i in (1, 6) else x.bfloat16() for i, x in enumerate(inputs)]
+    expected, last = wkv7(*low)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert torch.equal(y, expected) and torch.equal(state, last)
+    grads = torch.autograd.grad(y.sum(), inputs)
+    assert all(x.dtype == torch.float32 for x in grads)
+
+
+def test_explain_names_the_choice_and_every_refusal() -> None:
+    inputs = make_inputs(Case(), torch.float32)
+    told = explain(*inputs)
+    assert told.backend == "torch" and "reference" in told.refusals
+    assert "torch" in str(told) and "preferred" in str(told)
+    named = explain(*inputs, backend="reference")
+    assert named.backend == "reference" and named.refusals["torch"] == "another was named"
+
+
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_backend("torch")), "refuses", lambda self, call: "no today")
+    inputs = make_inputs(Case(), torch.float32)
+    with pytest.raises(ValueError, match="'torch' cannot run this call: no today"):
+        wkv7(*inputs, backend="torch")
+    assert explain(*inputs).backend == "reference"
+    assert explain(*inputs).refusals["torch"] == "no today"
+    with pytest.raises(ValueError, match="expected one of .*reference.*found 'cudnn'"):
+        wkv7(*inputs, backend="cudnn")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_steps_equal_the_sequence(dtype: torch.dtype) -> None:
+    *inputs, state = make_inputs(Case(T=9, V=24), dtype)
+    y, final = wkv7(*inputs, state)
+    pool = torch.randn(5, 2, 24, 16, dtype=state.dtype)
+    slots = torch.tensor([4, 1])
+    pool[slots] = state
+    others = pool[[0, 2, 3]].clone()
+    for t in range(9):
+        step = wkv7_step_(*(x[:, t] for x in inputs), pool, slots=slots)
+        torch.testing.assert_close(step, y[:, t])
+    torch.testing.assert_close(pool[slots], final)
+    assert torch.equal(pool[[0, 2, 3]], others)
+
+
+def test_a_skipped_slot_changes_nothing() -> None:
+    inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
+    pool = torch.randn(3, 2, 16, 16)
+    before = pool.clone()
+    y = wkv7_step_(*inputs, pool, slots=torch.tensor([-1, 2]))
+    assert torch.equal(pool[:2], before[:2]) and not torch.equal(pool[2], before[2])
+    assert not y[0].any() and y[1].any()
