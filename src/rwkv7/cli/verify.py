@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,10 +149,12 @@ def _cell(row: Row, name: str) -> Text:
 
 
 def _number(error: float) -> str:
-    """1.7e-3: six characters, so that nine of them fit a narrow screen."""
+    """1.7e-3 or 6e-16: at most six characters, so that nine of them fit a narrow screen."""
+    if error == 0 or not math.isfinite(error):
+        return "0" if error == 0 else str(error)
     mantissa, _, exponent = f"{error:.1e}".partition("e")
-    if error == 0 or not exponent:
-        return "0" if error == 0 else mantissa
+    if abs(int(exponent)) > 9:
+        mantissa, _, exponent = f"{error:.0e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 

@@ -57,10 +57,10 @@ def _recurrence(call: Call) -> tuple[Tensor, Tensor]:
     ys, finals = [], []
     for S, start, end in zip(states, offsets[:-1], offsets[1:], strict=True):
         for t in range(start, end):
-            Sa = torch.einsum("bhvk,bhk->bhv", S, a[:, t])
-            S = S * d[:, t, :, None, :] + torch.einsum("bhv,bhk->bhvk", Sa, b[:, t])
-            S = S + torch.einsum("bhv,bhk->bhvk", v[:, t], k[:, t])
-            ys.append(torch.einsum("bhvk,bhk->bhv", S, r[:, t]))
+            Sa = (S * a[:, t, :, None, :]).sum(-1)
+            S = S * d[:, t, :, None, :] + Sa[..., None] * b[:, t, :, None, :]
+            S = S + v[:, t, :, :, None] * k[:, t, :, None, :]
+            ys.append((S * r[:, t, :, None, :]).sum(-1))
         finals.append(S)
     y = torch.stack(ys, 1) if ys else v.clone()
     state = torch.cat(finals) if finals else initial
