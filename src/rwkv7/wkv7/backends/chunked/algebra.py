@@ -10,8 +10,9 @@ log decays inside a chunk and e the exclusive one,
     y = (ρ + A[r,b] W) S₀ᵀ + A[r,k] V + A[r,b] U₀
 
 r and a are stacked in one tensor, k and b in another, v and u in a third, so that four products
-become one. The inverse is a triangular solve: powers of A[a,b] grow without bound on a repeated
-key, the inverse does not.
+become one. The inverse comes from forward substitution: powers of A[a,b] grow without bound on a
+repeated key, the inverse does not. Sums stand outside the products, because torch's CPU baddbmm
+falls back to one product at a time where its summand is a slice.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Prepared:
     """What of a piece does not depend on the state."""
 
     operands: Operands
-    minus_ab: Tensor  # [m, C, C], -A[a,b]
+    X: Tensor  # [m, C, C], (I - A[a,b])⁻¹
     WU: Tensor  # [m, C, K + V]: W, then U₀
     PY: Tensor  # [m, C, K + V]: ρ + A[r,b] W, then the output from an empty state
     MB: Tensor  # [m, K + V, K]: M, then B
@@ -63,18 +64,19 @@ def prepare(chunks: Chunks, any_decay: bool) -> Prepared:
     route = unbounded if any_decay else bounded
     operands = route.make_operands(chunks.logd, chunks.ra, chunks.kb)
     scores, vu = operands.scores, chunks.vu
-    m, C, V = scores.shape[0], scores.shape[1] // 2, vu.shape[-1]
+    m, C = scores.shape[0], scores.shape[1] // 2
     K = operands.ra.shape[-1]
-    both = scores.new_empty(m, 2 * C, K + V)  # rows r: what y sees; rows a: what u sees
-    both[..., :K] = operands.ra
-    both[..., K:] = torch.bmm(scores[..., :C], vu[:, :C])
-    minus_ab = -scores[:, C:, C:]
-    WU = torch.linalg.solve_triangular(minus_ab, both[:, C:], upper=False, unitriangular=True)
-    PY = torch.baddbmm(both[:, :C], scores[:, :C, C:], WU)
+    seen = torch.bmm(scores[..., :C], vu[:, :C])  # A[r,k] V, then A[a,k] V
+    identity = torch.eye(C, dtype=scores.dtype, device=scores.device).expand(m, C, C)
+    X = torch.linalg.solve_triangular(-scores[:, C:, C:], identity, upper=False, unitriangular=True)
+    WU = torch.bmm(X, torch.cat([operands.ra[:, C:], seen[:, C:]], 2))
+    PY = torch.bmm(scores[:, :C, C:], WU)
+    PY[..., :K] += operands.ra[:, :C]
+    PY[..., K:] += seen[:, :C]
     MB = torch.bmm(WU.mT, operands.kb_end[:, C:])
-    MB[:, K:].baddbmm_(vu[:, :C].mT, operands.kb_end[:, :C])
+    MB[:, K:] += torch.bmm(vu[:, :C].mT, operands.kb_end[:, :C])
     MB[:, :K].diagonal(dim1=1, dim2=2).add_(operands.decay)
-    return Prepared(operands, minus_ab, WU, PY, MB, vu)
+    return Prepared(operands, X, WU, PY, MB, vu)
 
 
 def scan_states(prepared: Prepared, state: Tensor, starts: Tensor, counts: list[int]) -> Tensor:
@@ -89,7 +91,7 @@ def scan_states(prepared: Prepared, state: Tensor, starts: Tensor, counts: list[
             S = S[:n]
         rows = slice(done, done + n)
         starts[rows] = S
-        S = torch.baddbmm(prepared.MB[rows, K:], S, prepared.MB[rows, :K])
+        S = torch.bmm(S, prepared.MB[rows, :K]).add_(prepared.MB[rows, K:])
         done += n
     return torch.cat([S, *reversed(ended)]).view(state.shape)
 
@@ -98,7 +100,7 @@ def outputs(prepared: Prepared, starts: Tensor) -> Tensor:
     """y of every chunk, [m, C, V]."""
     K = prepared.MB.shape[-1]
     S = starts.reshape(-1, *starts.shape[-2:])
-    return torch.baddbmm(prepared.PY[..., K:], prepared.PY[..., :K], S.mT)
+    return torch.bmm(prepared.PY[..., :K], S.mT).add_(prepared.PY[..., K:])
 
 
 def scan_gradients(
@@ -117,10 +119,9 @@ def scan_gradients(
         rows = slice(stop - n, stop)
         ends[rows] = flat[:n]
         M = prepared.MB[rows, :K].mT
-        if through is None:
-            flat[:n] = torch.bmm(ends[rows], M)
-        else:
-            flat[:n] = torch.baddbmm(through[rows], ends[rows], M)
+        flat[:n] = torch.bmm(ends[rows], M)
+        if through is not None:
+            flat[:n] += through[rows]
         stop -= n
     return flat.view(E.shape)
 
@@ -136,17 +137,15 @@ def gradients(
     S, E = starts.reshape(-1, *starts.shape[-2:]), ends
     scores, kb_end = operands.scores, operands.kb_end
     C, K = scores.shape[1] // 2, prepared.MB.shape[-1]
-    torch.baddbmm(prepared.WU[..., K:], prepared.WU[..., :K], S.mT, out=vu[:, C:])  # u
-    dkb_values = torch.bmm(kb_end, E.mT)  # [m, 2C, V]: κ̄ Eᵀ, then β̄ Eᵀ
-    du = dkb_values[:, C:]
+    vu[:, C:] = torch.bmm(prepared.WU[..., :K], S.mT).add_(prepared.WU[..., K:])  # u
+    dvu = torch.bmm(kb_end, E.mT)  # κ̄ Eᵀ, then β̄ Eᵀ
+    du = dvu[:, C:]
     if dY is not None:
-        du = torch.baddbmm(du, scores[:, :C, C:].mT, dY)
+        du = torch.bmm(scores[:, :C, C:].mT, dY).add_(du)
     yz = vu.new_empty(vu.shape)  # dY, then the gradient of the solved system's right-hand side
     yz[:, :C] = 0 if dY is None else dY
-    yz[:, C:] = torch.linalg.solve_triangular(
-        prepared.minus_ab.mT, du, upper=True, unitriangular=True
-    )
-    dv = torch.baddbmm(dkb_values[:, :C], scores[..., :C].mT, yz)
+    yz[:, C:] = torch.bmm(prepared.X.mT, du)
+    dv = torch.bmm(scores[..., :C].mT, yz).add_(dvu[:, :C])
     dscores = torch.bmm(yz, vu.mT)
     dra = torch.bmm(yz, S)
     dkb_end = torch.bmm(vu, E)
