@@ -202,6 +202,9 @@ def test_one_row_equals_many(outputs):
     x = torch.randn(1, 1, 5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ layer.weight.T)
+        wide = torch.randn(1, 9)
+        torch.testing.assert_close(layer(wide[:, 4:]), wide[:, 4:] @ layer.weight.T)
+        torch.testing.assert_close(layer(wide[:, :9:2]), wide[:, :9:2] @ layer.weight.T)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x[0].expand(outputs, 5))
 

@@ -122,7 +122,7 @@ class TimeMix(nn.Module):
         shape = (*k.shape[:2], self.heads, self.head_size)
         k, a = k.to(wide), a.to(wide)
         unit = F.normalize((k * self.k_k).view(shape), dim=-1, eps=KEY_NORM_EPS)
-        k = k * torch.addcmul(1 - self.k_a, a, self.k_a)
+        k = torch.addcmul(k, k * (a - 1), self.k_a)
         return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype)
 
     def _gated(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
