@@ -185,15 +185,22 @@ def test_a_vanishing_key_is_no_nan():
     assert all(x.grad.isfinite().all() for x in model.parameters())
 
 
-def test_decoding_takes_the_same_numbers_by_another_path():
+@pytest.mark.parametrize(("batch", "compiled"), [(1, False), (3, False), (1, True)])
+def test_decoding_takes_the_same_numbers_by_another_path(batch, compiled):
     model = random_model(dtype=torch.float32)
-    tokens = random_tokens(SMALL, 1, 6)
-    whole, _ = model(tokens)
-    state = None
-    with torch.inference_mode():
-        for t in range(6):
-            logits, state = model(tokens[:, t : t + 1], state)
-            assert error(logits, whole[:, t : t + 1]) < 1e-5
+    tokens, given = random_tokens(SMALL, batch, 6), random_state(SMALL, batch, torch.float32)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    for state in (None, given):
+        whole, after = model(tokens, state)
+        with torch.no_grad():
+            for t in range(6):
+                before = None if state is None else state.clone()
+                logits, new = step(tokens[:, t : t + 1], state)
+                assert error(logits, whole[:, t : t + 1]) < 1e-5
+                if before is not None:
+                    assert_close(state, before, 0)
+                state = new
+        assert_close(state, after, 1e-4)
 
 
 @pytest.mark.parametrize("outputs", [6, 7])
@@ -202,6 +209,9 @@ def test_one_row_equals_many(outputs):
     x = torch.randn(1, 1, 5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ layer.weight.T)
+        wide = torch.randn(1, 9)
+        torch.testing.assert_close(layer(wide[:, 4:]), wide[:, 4:] @ layer.weight.T)
+        torch.testing.assert_close(layer(wide[:, :9:2]), wide[:, :9:2] @ layer.weight.T)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x[0].expand(outputs, 5))
 

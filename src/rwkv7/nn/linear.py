@@ -25,10 +25,10 @@ class Linear(nn.Linear):
         """[..., in] -> [..., out]."""
         if self._is_one_row(x):
             # CPU BLAS libraries multiply a batch of two half matrices by one vector two to three
-            # times as fast as the whole matrix. The halves are views. (The column's strides, 1
-            # and `in`, choose the kernel: 1 and 1 would get one slower than either.)
+            # times as fast as the whole matrix, when it is not in a cache. The halves are views.
+            # (The column's strides, 1 and `in`, choose the kernel: 1 and 1 would get a slow one.)
             halves = self.weight.view(2, -1, self.in_features)
-            column = x.reshape(1, self.in_features).t().expand(2, -1, -1)
+            column = x.as_strided((2, self.in_features, 1), (0, 1, self.in_features))
             return torch.bmm(halves, column).view(*x.shape[:-1], self.out_features)
         return super().forward(x)
 
@@ -40,6 +40,7 @@ class Linear(nn.Linear):
             and weight.device.type == "cpu"
             and self.out_features % 2 == 0
             and weight.is_contiguous()
+            and x.is_contiguous()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))

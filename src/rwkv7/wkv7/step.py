@@ -54,7 +54,9 @@ def wkv7_step_(
                 f"{name}: requires grad, and wkv7_step_ changes the state in place, for inference "
                 "only. Use wkv7 with T = 1, or torch.no_grad()"
             )
-    return _step(r, w, k, v, a, b, state, decay, slots)
+    # The registered operation is for tracing; going through it takes longer than a small step.
+    traced = torch.compiler.is_compiling() or type(state) is not Tensor
+    return (_step if traced else _advance)(r, w, k, v, a, b, state, decay, slots)
 
 
 def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> None:
@@ -87,8 +89,7 @@ def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> No
         raise ValueError(f"slots: expected the device {r.device}, found {slots.device}")
 
 
-@torch.library.custom_op("rwkv7::wkv7_step_", mutates_args=("state",))
-def _step(
+def _advance(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -104,15 +105,16 @@ def _step(
         if slots is not None:
             _check_slots(slots, state.shape[0])
     dtype, v_dtype = state.dtype, v.dtype
-    with torch.autocast(r.device.type, enabled=False):
-        r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
-        d = log_decay(w, decay, dtype).exp()
-        # A skipped row reads row 0 and writes nothing back.
-        rows = None if slots is None else slots.clamp(min=0)
-        S = state if rows is None else state[rows]
-        Sa = S @ a[..., None]
-        S = S * d[:, :, None, :] + Sa * b[:, :, None, :] + v[..., None] * k[:, :, None, :]
-        y = (S @ r[..., None]).squeeze(-1)
+    r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
+    d = log_decay(w, decay, dtype).exp()
+    # A skipped row reads row 0 and writes nothing back. Products and sums are elementwise: for
+    # matrices this small they are faster than matrix products, and autocast leaves them alone.
+    rows = None if slots is None else slots.clamp(min=0)
+    S = state if rows is None else state[rows]
+    Sa = (S * a[:, :, None, :]).sum(-1, keepdim=True)
+    S = S * d[:, :, None, :]
+    S.addcmul_(Sa, b[:, :, None, :]).addcmul_(v[..., None], k[:, :, None, :])
+    y = (S * r[:, :, None, :]).sum(-1)
     if slots is None:
         state.copy_(S)
     else:
@@ -120,6 +122,9 @@ def _step(
         state.index_copy_(0, slots[used].long(), S[used])
         y = torch.where(used[:, None, None], y, 0.0)
     return y.to(v_dtype)
+
+
+_step = torch.library.custom_op("rwkv7::wkv7_step_", _advance, mutates_args=("state",))
 
 
 @_step.register_fake
