@@ -50,9 +50,11 @@ class ReferenceBackend:
 def _recurrence(call: Call) -> tuple[Tensor, Tensor]:
     dtype = call.state_dtype
     offsets = [0, call.r.shape[1]] if call.cu_seqlens is None else call.cu_seqlens.tolist()
-    r, k, v, a, b = (x.to(dtype) for x in (call.r, call.k, call.v, call.a, call.b))
-    d = log_decay(call.w, call.decay, dtype).exp()
-    initial = call.initial_state()
+    # Contiguous, so that the order of a sum, and with it the last bit, never depends on strides.
+    inputs = (call.r, call.k, call.v, call.a, call.b)
+    r, k, v, a, b = (x.to(dtype).contiguous() for x in inputs)
+    d = log_decay(call.w, call.decay, dtype).exp().contiguous()
+    initial = call.initial_state().contiguous()
     states = [initial] if call.cu_seqlens is None else [S[None] for S in initial.unbind()]
     ys, finals = [], []
     for S, start, end in zip(states, offsets[:-1], offsets[1:], strict=True):

@@ -18,7 +18,9 @@ from rwkv7.wkv7.contract import Call
 
 CHUNK = 32  # the best of 16, 32 and 64 on two CPU cores at K = V = 64
 SHORT = 16
-# Pieces of at most this many heads x chunks, or bytes of key-value products, whichever is less.
+# A piece holds at most this many heads x chunks, this many bytes of states, and a quarter of the
+# call, whichever is least (but one step of one sequence at least): its temporaries take about
+# three times the memory of its inputs, twice that where pairs are weighed by halving.
 PIECE_MATRICES = 64
 PIECE_BYTES = 4 << 20
 
@@ -113,7 +115,10 @@ def make_plan(call: Call) -> Plan:
     """Groups and pieces of a call; for a packed call this reads `cu_seqlens`."""
     B, T, H, K, V = call.sizes
     size = call.r.new_empty((), dtype=call.state_dtype).element_size()
-    matrices = max(1, min(PIECE_MATRICES, PIECE_BYTES // (K * V * size)))
+    quarter = B * H * T // (4 * CHUNK)
+    matrices = max(1, min(PIECE_MATRICES, PIECE_BYTES // (K * V * size), quarter))
+    if call.decay == "log":
+        matrices = max(1, matrices // 2)
     groups: list[Group] = []
     if call.cu_seqlens is None:
         if T:
