@@ -45,9 +45,9 @@ def wkv7(
 
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ          y_t = S_t r_t
 
-    B batch, T time (any T ≥ 0), H heads, K key size per head, V value size per head, S sequences
-    in a packed batch. r, k, v, a, b share one dtype: bfloat16, float16, float32 or float64. No
-    scale factor is applied, no argument is changed, and any strides are accepted.
+    B batch, T time (any T ≥ 0), H heads, K and V key and value size per head, S packed sequences.
+    r, k, v, a, b share one dtype: bfloat16, float16, float32 or float64. No scale factor is
+    applied, no argument is changed, and any strides are accepted.
 
     Args:
         r: receptance, [B, T, H, K].
@@ -63,8 +63,8 @@ def wkv7(
             decay ≤ 0, -inf (forget all) included.
         cu_seqlens: for packed sequences (then B = 1), offsets [S + 1], int32 or int64, from 0 to
             T, never falling; a sequence may be empty.
-        backend: a backend's name, or None for the first that accepts the call (see `explain`). A
-            named backend that cannot run the call raises; it never falls back to another.
+        backend: a name, or None for the first that accepts the call (see `explain`). A named
+            backend that cannot run the call raises; it never falls back to another.
 
     Returns:
         y [B, T, H, V] in the dtype of v, and the state after the last token, always, in the shape
@@ -79,13 +79,11 @@ def wkv7(
     Source: RWKV-7 "Goose", arXiv:2503.14456, section 3.
     """
     r, k, v, a, b = _autocast(r, k, v, a, b)
-    call = Call(r, w, k, v, a, b, state, decay, cu_seqlens)
-    check_call(call)
+    check_call(Call(r, w, k, v, a, b, state, decay, cu_seqlens))
     given = (r, w, k, v, a, b) if state is None else (r, w, k, v, a, b, state)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    y, final, _ = _forward(
-        r, w, k, v, a, b, state, decay, cu_seqlens, backend, save, invariance_wanted()
-    )
+    options = decay, cu_seqlens, backend, save, invariance_wanted()
+    y, final, _ = _forward(r, w, k, v, a, b, state, *options)
     return y, final
 
 

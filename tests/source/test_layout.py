@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from sources import SOURCE, imports, inside, modules
+from source.reading import SOURCE, imports, inside, modules
 
 MODULES = modules()
 OPERATOR = "rwkv7.wkv7"

@@ -4,7 +4,7 @@ import ast
 import statistics
 
 import pytest
-from sources import inside, modules
+from source.reading import inside, modules
 
 LONGEST_FILE = 500
 MEDIAN_FILE = 180
