@@ -4,7 +4,7 @@ import pytest
 import torch
 from wkv7.cases import Case, make_inputs
 
-from rwkv7 import wkv7, wkv7_step_
+from rwkv7 import explain, wkv7, wkv7_step_
 
 ARGUMENTS = ("r", "w", "k", "v", "a", "b", "state")
 
@@ -100,6 +100,29 @@ def test_packed_calls_have_one_row_and_integer_offsets() -> None:
         call(cu_seqlens=[0, 6])
 
 
+def test_forward_mode_is_refused_rather_than_dropped() -> None:
+    inputs = make_inputs(Case(T=6), torch.float32)
+    r, *rest = inputs
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: wkv7(x, *rest)[0], (r,), (r,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        wkv7(torch.autograd.forward_ad.make_dual(r, r), *rest)
+
+
+def test_backend_names_layouts_and_shape_inference() -> None:
+    inputs = make_inputs(Case(T=6), torch.float32)
+    with pytest.raises(TypeError, match="backend: expected a name or None, found int"):
+        wkv7(*inputs, backend=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend: expected one of .* found 'nope'"):
+        explain(*inputs, backend="nope")
+    with pytest.raises(TypeError, match="v: expected a dense tensor"):
+        wkv7(*inputs[:3], inputs[3].to_sparse(), *inputs[4:])
+    with pytest.raises(TypeError, match=r"w: expected torch.float32 \(the dtype"):
+        wkv7(inputs[0], inputs[1].bfloat16(), *inputs[2:])
+    y, state = wkv7(*(x.to("meta") for x in inputs))
+    assert y.shape == inputs[3].shape and state.shape == inputs[6].shape
+
+
 def test_steps() -> None:
     inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
     pool = torch.zeros(4, 2, 16, 16)
@@ -109,6 +132,12 @@ def test_steps() -> None:
         wkv7_step_(*inputs, pool, slots=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="rows 0 to 3 of the pool, found 1 to 4"):
         wkv7_step_(*inputs, pool, slots=torch.tensor([1, 4]))
+    with pytest.raises(TypeError, match="slots: expected a torch.Tensor or None, found list"):
+        wkv7_step_(*inputs, pool, slots=[0, 1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="found an expanded tensor"):
+        wkv7_step_(*inputs, pool[:1].expand(2, -1, -1, -1))
+    skipped = wkv7_step_(*inputs, pool[:0], slots=torch.tensor([-1, -1]))
+    assert skipped.shape == inputs[3].shape and not skipped.any()
     with pytest.raises(RuntimeError, match="k: requires grad, and wkv7_step_ changes"):
         inputs[2].requires_grad_()
         wkv7_step_(*inputs, pool, slots=torch.tensor([0, 1]))

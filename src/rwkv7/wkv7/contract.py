@@ -138,12 +138,20 @@ def check_decay_form(decay: str) -> None:
         )
 
 
+def check_backend_name(backend: str | None) -> None:
+    """`backend` must be a name or None; whether it exists and can run is for the registry."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or None, found {type(backend).__name__}")
+
+
 def check_inputs(tensors: dict[str, Tensor], rank: int) -> None:
     """The six inputs share leading sizes, K, dtype (w: the same or float32) and device."""
     letters = "[B, T, H, {}]" if rank == 4 else "[B, H, {}]"
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, found {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, found the layout {x.layout}")
         if x.dim() != rank:
             size = letters.format("V" if name == "v" else "K")
             raise ValueError(f"{name}: expected {size}, found the shape {list(x.shape)}")
@@ -157,7 +165,7 @@ def check_inputs(tensors: dict[str, Tensor], rank: int) -> None:
                 f"{name}: expected the shape {shape} to go with r, found {list(x.shape)}"
             )
         if x.dtype != r.dtype and not (name == "w" and x.dtype == torch.float32):
-            also = " or torch.float32" if name == "w" else ""
+            also = " or torch.float32" if name == "w" and r.dtype != torch.float32 else ""
             raise TypeError(f"{name}: expected {r.dtype}{also} (the dtype of r), found {x.dtype}")
         if x.device != r.device:
             raise ValueError(f"{name}: expected the device of r, {r.device}, found {x.device}")
@@ -172,9 +180,9 @@ def check_state(state: Tensor, shape: tuple[int, int, int, int], like: Tensor) -
     if tuple(state.shape) != shape:
         S, H, V, K = shape
         raise ValueError(
-            f"state: expected [sequences, H, V, K] = {list(shape)}, found {list(state.shape)}. "
-            f"flash-linear-attention keeps the transpose, [{S}, {H}, {K}, {V}]: convert it with "
-            "rwkv7.state_from_fla (the official kernels' [V, K]: rwkv7.state_from_official)"
+            f"state: expected [sequences, H, V, K] = {list(shape)}, found {list(state.shape)}. A "
+            f"state of flash-linear-attention is the transpose, [{S}, {H}, {K}, {V}]: convert it "
+            "with rwkv7.state_from_fla (the official kernels' [V, K]: rwkv7.state_from_official)"
         )
     expected = state_dtype(like.dtype)
     if state.dtype != expected:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .contract import (
     Call,
     batch_invariant,
+    check_backend_name,
     check_call,
     check_values,
     checks,
@@ -76,10 +77,14 @@ def wkv7(
             CPU (elsewhere inside `rwkv7.checks()`) also NaN and values out of range.
 
     Under torch.autocast r, k, v, a, b are cast to the autocast dtype and w is left as it is.
+    Derivatives are first order and reverse mode; anything else raises. A token that is not finite
+    may spoil its own sequence, earlier tokens included, and never another one.
     Source: RWKV-7 "Goose", arXiv:2503.14456, section 3.
     """
     r, k, v, a, b = _autocast(r, k, v, a, b)
     check_call(Call(r, w, k, v, a, b, state, decay, cu_seqlens))
+    check_backend_name(backend)
+    _refuse_forward_mode(r, w, k, v, a, b, state)
     given = (r, w, k, v, a, b) if state is None else (r, w, k, v, a, b, state)
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     options = decay, cu_seqlens, backend, save, invariance_wanted()
@@ -102,23 +107,36 @@ def explain(
 ) -> Explanation:
     """Which backend `wkv7` would run with the same arguments, by which route, and why no other.
 
-    The result prints well; `.backend`, `.route` and `.refusals` hold the same as data. A call that
-    is not valid raises as `wkv7` does.
+    The result prints well; `.backend`, `.route` and `.refusals` hold the same as data. Shapes,
+    dtypes and devices that do not fit raise as in `wkv7`; values are not looked at.
     """
     r, k, v, a, b = _autocast(r, k, v, a, b)
     call = Call(r, w, k, v, a, b, state, decay, cu_seqlens, invariance_wanted())
     check_call(call)
+    check_backend_name(backend)
     return explanation(call, backend)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors
     )
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    # The registered operator would drop a tangent without a word.
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "wkv7: forward-mode derivatives (jvp, dual tensors) are not offered; use reverse "
+                "mode (backward, torch.autograd.grad)"
+            )
 
 
 @torch.library.custom_op("rwkv7::wkv7", mutates_args=())

@@ -103,11 +103,13 @@ class Explanation:
 
 def explanation(call: Call, name: str | None) -> Explanation:
     """What `select` would do with the same arguments, without running or raising."""
+    if name is not None:
+        get_backend(name)  # raises for a name that is not in the table
     backends = [get_backend(candidate) for candidate in _TABLE]
     reasons = {backend.name: backend.refuses(call) for backend in backends}
     chosen: str | None
     if name is not None:
-        chosen = get_backend(name).name if reasons[name] is None else None
+        chosen = name if reasons[name] is None else None
     else:
         chosen = next((n for n, reason in reasons.items() if reason is None), None)
     default = "another was named" if name else f"accepts it, but {chosen} is preferred"

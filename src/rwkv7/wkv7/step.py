@@ -41,7 +41,7 @@ def wkv7_step_(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit; a slot out of range or
-            named twice and NaN (on the CPU, elsewhere inside `rwkv7.checks()`).
+            named twice and NaN in the inputs (on the CPU, elsewhere inside `rwkv7.checks()`).
         RuntimeError: a tensor requires grad while grad mode is on; a step is for inference only.
     """
     inputs = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
@@ -79,8 +79,12 @@ def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> No
         raise TypeError(f"state: expected {state_dtype(v.dtype)}, found {state.dtype}")
     if state.device != r.device:
         raise ValueError(f"state: expected the device {r.device}, found {state.device}")
+    if 0 in state.stride() and state.numel() > 1:
+        raise ValueError("state: expected rows of their own to write to, found an expanded tensor")
     if slots is None:
         return
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"slots: expected a torch.Tensor or None, found {type(slots).__name__}")
     if slots.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"slots: expected int32 or int64, found {slots.dtype}")
     if tuple(slots.shape) != (B,):
@@ -104,6 +108,8 @@ def _advance(
         check_input_values({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, decay)
         if slots is not None:
             _check_slots(slots, state.shape[0])
+    if state.shape[0] == 0:
+        return torch.zeros_like(v)  # every sequence is skipped
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()
