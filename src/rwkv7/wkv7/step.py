@@ -13,6 +13,7 @@ from .contract import (
     log_decay,
     state_dtype,
 )
+from .registry import select_step
 
 
 def wkv7_step_(
@@ -104,6 +105,8 @@ def _advance(
         check_input_values({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, decay)
         if slots is not None:
             _check_slots(slots, state.shape[0])
+    if backend := select_step(r, v, state):
+        return backend.step((r, w, k, v, a, b), state, decay, slots)
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()
