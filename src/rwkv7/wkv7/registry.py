@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from .contract import Call
 
-# In order of preference: a call that names no backend gets the first that accepts it.
+# In order of preference: a call that names no backend gets the first that accepts it. `triton`
+# stands behind `torch`, so that it runs only when named, until the whole suite has passed on a GPU.
 _TABLE = {
     "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
+    "triton": "rwkv7.wkv7.backends.triton:TritonBackend",
     "reference": "rwkv7.wkv7.backends.reference:ReferenceBackend",
 }
 
@@ -53,6 +55,21 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class StepBackend(Protocol):
+    """What a backend offers on top when it has a kernel for `wkv7_step_`."""
+
+    def refuses_step(self, r: Tensor, v: Tensor, state: Tensor) -> str | None:
+        """Why a token of r [B, H, K], v [B, H, V] on the pool `state` cannot run, or None."""
+        ...
+
+    def step(
+        self, inputs: tuple[Tensor, ...], state: Tensor, decay: str, slots: Tensor | None
+    ) -> Tensor:
+        """One token (r, w, k, v, a, b): y [B, H, V]; rows of the pool `state` change in place."""
+        ...
+
+
 def backend_names() -> tuple[str, ...]:
     """All backends, the preferred first."""
     return tuple(_TABLE)
@@ -83,6 +100,15 @@ def select(call: Call, name: str | None) -> Backend:
         if backend.refuses(call) is None:
             return backend
     raise ValueError(f"backend: none accepts this call\n{explanation(call, None)}")
+
+
+def select_step(r: Tensor, v: Tensor, state: Tensor) -> StepBackend | None:
+    """The first backend with a step kernel that takes these tensors, or None: plain torch then."""
+    for name in _TABLE:
+        backend = get_backend(name)
+        if isinstance(backend, StepBackend) and backend.refuses_step(r, v, state) is None:
+            return backend
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from .contract import (
     log_decay,
     state_dtype,
 )
+from .registry import select_step
 
 
 def wkv7_step_(
@@ -110,6 +111,8 @@ def _advance(
             _check_slots(slots, state.shape[0])
     if state.shape[0] == 0:
         return torch.zeros_like(v)  # every sequence is skipped
+    if backend := select_step(r, v, state):
+        return backend.step((r, w, k, v, a, b), state, decay, slots)
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()

@@ -1,0 +1,160 @@
+"""Launching the chunked kernels and laying out what the backward pass needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rwkv7.wkv7.contract import Call
+
+from .kernels.gradients import column_gradients, row_gradients
+from .kernels.maps import chunk_maps
+from .kernels.walks import walk_states, walk_states_back
+from .plan import CHUNK, GRADIENTS, MAPS, WALK_BACK, chunk_block, products, walk_for
+
+
+def chunk_count(call: Call) -> int:
+    """How many chunk numbers the call uses (packed: at most; some may have no tokens)."""
+    B, T, *_ = call.sizes
+    if call.cu_seqlens is None:
+        return B * -(-T // CHUNK)
+    return T // CHUNK + call.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A chunk's maps as kernels/maps.py names them, and the state before every chunk.
+
+    Views of one fp32 tensor: the first three fields are fp32, the others `map_dtype`. states
+    [n, H, V, K] with states_scale [n, H, V].
+    """
+
+    states_scale: Tensor
+    decay: Tensor
+    scale: Tensor
+    states: Tensor
+    move: Tensor
+    query: Tensor
+    direct: Tensor
+    write: Tensor
+    remove: Tensor
+    replace: Tensor
+    inner: Tensor
+    mix: Tensor
+
+    @staticmethod
+    def shapes(call: Call, save: bool) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each field, in order; empty where only a backward pass needs it."""
+        _, _, H, K, V = call.sizes
+        n, C = chunk_count(call), CHUNK
+        m = n if save else 0
+        words = ((m, H, V), (n, H, K), (n, H, 3 * C))
+        maps = ((m, H, V, K), (n, H, K, K), (n, H, C, K), (n, H, C, C), (n, H, C, K))
+        backward = ((m, H, C, K), (m, H, C, K), (m, H, C, C), (m, H, C, C))
+        narrow = map_dtype(call)
+        return (*((s, torch.float32) for s in words), *((s, narrow) for s in (*maps, *backward)))
+
+    @classmethod
+    def words(cls, call: Call, save: bool = True) -> int:
+        """fp32 words that all of it takes."""
+        return sum(_words(*field) for field in cls.shapes(call, save))
+
+    @classmethod
+    def view(cls, call: Call, memory: Tensor, save: bool = True) -> Kept:
+        """The fields inside a flat fp32 tensor."""
+        views, at = [], 0
+        for shape, dtype in cls.shapes(call, save):
+            size = _words(shape, dtype)
+            part = memory[at : at + size].view(dtype)
+            views.append(part[: torch.Size(shape).numel()].view(shape))
+            at += size
+        return cls(*views)
+
+
+def map_dtype(call: Call) -> torch.dtype:
+    """The dtype of the chunks' maps: fp16 with a scale per row for 16-bit inputs, else fp32."""
+    return torch.float16 if products(call.v) == "pair" else torch.float32
+
+
+def _words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """fp32 words of a field, rounded up so that every field starts on 16 bytes."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return -(-size // 16) * 4
+
+
+def forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """y and the final state; `saved` receives what `Kept` names if `save`."""
+    _, T, H, K, V = call.sizes
+    S, n = call.sequences, chunk_count(call)
+    how = products(call.v)
+    packed = call.cu_seqlens is not None
+    if not save:
+        saved = call.v.new_empty(Kept.words(call, False), dtype=torch.float32)
+    kept = Kept.view(call, saved, save)
+    y = torch.empty_like(call.v)
+    final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
+    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK}
+    chunk_maps[(n * H,)](
+        call.r, call.w, call.k, call.a, call.b,
+        kept.decay, kept.move, kept.query, kept.direct, kept.write,
+        kept.remove, kept.replace, kept.inner, kept.mix, kept.scale,
+        call.cu_seqlens, S, T, H, **sizes,
+        LOGIT=call.decay == "logit", PACKED=packed, SAVE=save, HOW=how,
+        num_warps=MAPS.warps, num_stages=MAPS.stages,
+    )  # fmt: skip
+    walk = walk_for(call)
+    walk_states[(S * H, -(-V // walk.rows))](
+        kept.decay, kept.move, kept.query, kept.direct, kept.write, kept.scale, call.v,
+        call.state, y, final, kept.states, kept.states_scale,
+        call.cu_seqlens, T, H, **sizes, V=V, BV=walk.rows,
+        PACKED=packed, GIVEN=call.state is not None, SAVE=save, HOW=how,
+        num_warps=walk.warps, num_stages=walk.stages,
+    )  # fmt: skip
+    return y, final
+
+
+def backward(
+    call: Call, saved: Tensor, dy: Tensor | None, dfinal: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The seven gradients."""
+    _, T, H, K, V = call.sizes
+    S, n = call.sequences, chunk_count(call)
+    how = products(call.v)
+    packed = call.cu_seqlens is not None
+    kept = Kept.view(call, saved)
+    dstates = torch.empty_like(kept.states)
+    dstates_scale = torch.empty_like(kept.states_scale)
+    dstate = call.v.new_empty((S, H, V, K), dtype=torch.float32)
+    sizes = {"K": K, "V": V, "BK": chunk_block(K), "C": CHUNK}
+    inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
+    dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in inputs)
+    walk_states_back[(S * H, -(-V // WALK_BACK.rows))](
+        kept.decay, kept.move, kept.query, kept.direct, kept.write, kept.scale,
+        dy, dfinal, dstates, dstates_scale, dstate, dv,
+        call.cu_seqlens, T, H, **sizes, BV=WALK_BACK.rows,
+        PACKED=packed, HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None, HOW=how,
+        num_warps=WALK_BACK.warps, num_stages=WALK_BACK.stages,
+    )  # fmt: skip
+    U = call.v.new_empty((n, H, CHUNK, V), dtype=map_dtype(call))
+    Z = torch.empty_like(U)
+    uz_scale = call.v.new_empty((n, H, 2 * CHUNK), dtype=torch.float32)
+    dlog = call.v.new_empty((n, H, CHUNK, K), dtype=torch.float32)
+    options = {
+        **sizes, "BV": chunk_block(V), "LOGIT": call.decay == "logit", "PACKED": packed,
+        "HAS_DY": dy is not None, "HOW": how,
+        "COARSE": how == "pair" and dr.dtype == torch.bfloat16,
+        "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
+    }  # fmt: skip
+    row_gradients[(n * H,)](
+        *inputs, dy, kept.remove, kept.replace, kept.inner, kept.mix, kept.scale,
+        kept.states, kept.states_scale, dstates, dstates_scale, U, Z, uz_scale, dlog, dr, da,
+        call.cu_seqlens, S, T, H, **options,
+    )  # fmt: skip
+    for last, key, value, dkey in ((False, call.k, call.v, dk), (True, call.b, U, db)):
+        column_gradients[(n * H,)](
+            call.r, call.w, call.a, key, value, dy, dstates, dstates_scale, Z, uz_scale, dlog,
+            dkey, dw, call.cu_seqlens, S, T, H, **options, LAST=last,
+        )  # fmt: skip
+    return dr, dw, dk, dv, da, db, dstate

@@ -1,0 +1,1 @@
+"""Device code: everything that Triton compiles. Importing a module in here imports triton."""

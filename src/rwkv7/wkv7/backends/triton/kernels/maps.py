@@ -1,0 +1,132 @@
+"""Forward, chunk by chunk and all chunks at once: what a chunk does to the state and to y.
+
+S is the state before a chunk and D the diagonal of the whole chunk's decays; α, β, κ, ρ are a, b,
+k, r times the decays from the chunk's start (α, ρ) or back to it (β, κ), β̄ and κ̄ times those to
+its end; A_ab and its like are the lower triangles of their products and X = (I - A_ab)⁻¹:
+
+    state after  S·D + S·M + Vᵀ·R        M = (X·α)ᵀ·β̄     R = κ̄ + Nᵀ·β̄      N = X·A_ak
+    outputs      Q·Sᵀ + G·V              Q = ρ + A_rb·X·α  G = A_rk + A_rb·N
+
+Nothing here needs the state or V, so little is left for the walk over chunks (walks.py), and the
+backward pass reads the same maps: dV = Gᵀ·dY + R·Eᵀ. It also needs what the tokens remove,
+U = N·V + W·Sᵀ with W = X·α, and its gradient Z = Pᵀ·dY + W_b·Eᵀ with P = A_rb·X, W_b = Xᵀ·β̄.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import chunk_bounds, log2_decay, lower_inverse, multiply, narrow, store_scaled
+
+
+@triton.jit(do_not_specialize=["sequences", "T", "H"])
+def chunk_maps(
+    r_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    decay_ptr: tl.tensor,
+    move_ptr: tl.tensor,
+    query_ptr: tl.tensor,
+    direct_ptr: tl.tensor,
+    write_ptr: tl.tensor,
+    remove_ptr: tl.tensor,
+    replace_ptr: tl.tensor,
+    inner_ptr: tl.tensor,
+    mix_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    cu: tl.tensor,
+    sequences: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    LOGIT: tl.constexpr,
+    PACKED: tl.constexpr,
+    SAVE: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """decay [n, H, K] = D, move [n, H, K, K] = M, query [n, H, C, K] = Q, direct [n, H, C, C] = G,
+    write [n, H, C, K] = R for n chunks; with SAVE also remove [n, H, C, K] = W, replace
+    [n, H, C, K] = W_b, inner [n, H, C, C] = N, mix [n, H, C, C] = P. scale [n, H, 3·C] holds the
+    powers of two of the rows of query, direct and mix."""
+    chunk = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    start, tokens = chunk_bounds(chunk, cu, sequences, T, C, PACKED)
+    if tokens <= 0:
+        return
+    t = tl.arange(0, C)
+    kc = tl.arange(0, BK)
+    t1 = t < C
+    k1 = kc < K
+    kk = (t < tokens)[:, None] & k1[None, :]
+    # Scalars carry the 64-bit part of every address: a tile of 64-bit offsets fills the registers.
+    first = start * H + h
+    r_ptr += first * K
+    w_ptr += first * K
+    k_ptr += first * K
+    a_ptr += first * K
+    b_ptr += first * K
+    at_k = (t * (H * K))[:, None] + kc[None, :]
+    below = t[:, None] > t[None, :]
+    upto = t[:, None] >= t[None, :]
+    index = tl.program_id(0).to(tl.int64)
+    move_ptr += index * (K * K)
+    query_ptr += index * (C * K)
+    direct_ptr += index * (C * C)
+    write_ptr += index * (C * K)
+    remove_ptr += index * (C * K)
+    replace_ptr += index * (C * K)
+    inner_ptr += index * (C * C)
+    mix_ptr += index * (C * C)
+    scale_ptr += index * (3 * C) + t
+    ck = t[:, None] * K + kc[None, :]
+    in_ck = t1[:, None] & k1[None, :]
+    cc = t[:, None] * C + t[None, :]
+    in_cc = t1[:, None] & t1[None, :]
+
+    # Rows past the end have decay 1 and zeros elsewhere. Exponents are taken from the middle of the
+    # chunk: at RWKV-7's strongest decay they stay within ±C·0.44.
+    decay = tl.where(kk, log2_decay(tl.load(w_ptr + at_k, kk, other=0.0), LOGIT), 0.0)
+    g = tl.cumsum(decay, 0)
+    middle = tl.sum(tl.where((t < C // 2)[:, None], decay, 0.0), 0)
+    last = tl.sum(decay, 0)
+    g -= middle[None, :]
+    to_start = tl.exp2(middle)
+    to_end = tl.exp2(last - middle)
+    tl.store(decay_ptr + index * K + kc, tl.exp2(last), k1)
+    no_cc = tl.zeros([C, C], tl.float32)
+    no_ck = tl.zeros([C, BK], tl.float32)
+    alpha = tl.load(a_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g - decay)
+    beta = tl.load(b_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
+    A_ab = tl.where(below, multiply(alpha, beta, no_cc, HOW, YT=True), 0.0)
+    X = lower_inverse(A_ab, C, HOW)
+
+    # What carries the size of r is divided by a power of two a row; the rest is near 1.
+    kappa = tl.load(k_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
+    A_ak = tl.where(below, multiply(alpha, kappa, no_cc, HOW, YT=True), 0.0)
+    N = multiply(X, A_ak, no_cc, HOW)
+    if SAVE:
+        tl.store(inner_ptr + cc, narrow(N, HOW), in_cc)
+    R = multiply(N, beta, kappa, HOW, XT=True) * to_end[None, :]
+    tl.store(write_ptr + ck, narrow(R, HOW), in_ck)
+    rho = tl.load(r_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g)
+    A_rb = tl.where(upto, multiply(rho, beta, no_cc, HOW, YT=True), 0.0)
+    A_rk = tl.where(upto, multiply(rho, kappa, no_cc, HOW, YT=True), 0.0)
+    G = multiply(A_rb, N, A_rk, HOW)
+    store_scaled(G, direct_ptr + cc, in_cc, scale_ptr + C, t1)
+    if SAVE:
+        W_b = multiply(X, beta, no_ck, HOW, XT=True) * to_end[None, :]
+        tl.store(replace_ptr + ck, narrow(W_b, HOW), in_ck)
+        P = multiply(A_rb, X, no_cc, HOW)
+        store_scaled(P, mix_ptr + cc, in_cc, scale_ptr + 2 * C, t1)
+    W = multiply(X, alpha, no_ck, HOW)
+    if SAVE:
+        tl.store(remove_ptr + ck, narrow(W * to_start[None, :], HOW), in_ck)
+    M = multiply(W, beta, tl.zeros([BK, BK], tl.float32), HOW, XT=True)
+    M *= to_start[:, None] * to_end[None, :]
+    square = move_ptr + kc[:, None] * K + kc[None, :]
+    tl.store(square, narrow(M, HOW), k1[:, None] & k1[None, :])
+    Q = multiply(A_rb, W, rho, HOW) * to_start[None, :]
+    store_scaled(Q, query_ptr + ck, in_ck, scale_ptr, t1)

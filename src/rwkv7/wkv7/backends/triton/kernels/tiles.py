@@ -1,0 +1,276 @@
+"""What the kernels share: where a tile's tokens lie, decays, operands of products, the inverse.
+
+Letters: S sequences, T time, H heads, K key size, V value size, C tokens in a chunk. Logarithms of
+decays are to base 2 in every kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from rwkv7.wkv7.contract import DECAY_SCALE
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOGIT_SCALE = tl.constexpr(DECAY_SCALE)
+
+
+@triton.jit
+def sequence_bounds(s: tl.tensor, cu: tl.tensor, T: tl.tensor, PACKED: tl.constexpr):
+    """(first row, number of tokens) of sequence s among the rows [B·T] of the inputs."""
+    if PACKED:
+        start = tl.load(cu + s).to(tl.int64)
+        tokens = (tl.load(cu + s + 1).to(tl.int64) - start).to(tl.int32)
+    else:
+        start = s.to(tl.int64) * T
+        tokens = T
+    return start, tokens
+
+
+@triton.jit
+def first_chunk(s: tl.tensor, cu: tl.tensor, T: tl.tensor, C: tl.constexpr, PACKED: tl.constexpr):
+    """The number of the first chunk of sequence s, when every sequence starts its own chunks.
+
+    Packed sequences may leave a number unused between them, so that no sum over the lengths of
+    the sequences before is needed: Σ ceil(n_i / C) ≤ ⌊Σ n_i / C⌋ + s.
+    """
+    if PACKED:
+        chunk = tl.load(cu + s).to(tl.int32) // C + s
+    else:
+        chunk = s * tl.cdiv(T, C)
+    return chunk
+
+
+@triton.jit
+def chunk_bounds(
+    chunk: tl.tensor,
+    cu: tl.tensor,
+    sequences: tl.tensor,
+    T: tl.tensor,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """(first row, number of tokens) of a chunk; no tokens when its number is unused."""
+    if PACKED:
+        low = 0
+        high = sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tl.load(cu + middle).to(tl.int32) // C + middle <= chunk:
+                low = middle
+            else:
+                high = middle
+        start, tokens = sequence_bounds(low, cu, T, PACKED)
+        skipped = (chunk - first_chunk(low, cu, T, C, PACKED)) * C
+    else:
+        per_sequence = tl.cdiv(T, C)
+        start, tokens = sequence_bounds(chunk // per_sequence, cu, T, PACKED)
+        skipped = (chunk % per_sequence) * C
+    return start + skipped, tl.minimum(tokens - skipped, C)
+
+
+@triton.jit
+def log2_decay(w: tl.tensor, LOGIT: tl.constexpr):
+    """The base-2 logarithm of the decay that w stands for, in fp32."""
+    w = w.to(tl.float32)
+    if LOGIT:
+        w = -LOGIT_SCALE / (1.0 + tl.exp2(-LOG2E * w))
+    return w * LOG2E
+
+
+@triton.jit
+def decay_gradient(gradient: tl.tensor, w: tl.tensor, LOGIT: tl.constexpr):
+    """The gradient of w from that of the natural logarithm of the decay.
+
+    σ(-w) is computed on its own: 1 - σ(w) loses it where the sigmoid saturates.
+    """
+    if LOGIT:
+        w = w.to(tl.float32)
+        rise = 1.0 / (1.0 + tl.exp2(-LOG2E * w))
+        fall = 1.0 / (1.0 + tl.exp2(LOG2E * w))
+        gradient = gradient * (-LOGIT_SCALE) * rise * fall
+    return gradient
+
+
+@triton.jit
+def _high_part(x):
+    """The upper half of an fp32 number: a bf16 number towards zero, without a conversion."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _low_part(x):
+    """What `_high_part` leaves, to 8 bits."""
+    high = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+    return (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def multiply(
+    x: tl.tensor,
+    y: tl.tensor,
+    acc: tl.tensor,
+    HOW: tl.constexpr,
+    XT: tl.constexpr = False,
+    YT: tl.constexpr = False,
+):
+    """acc + x·y in fp32; XT and YT take the transpose of x and of y.
+
+    HOW "pair": each operand is the sum of two bf16 numbers, 16 bits together with the range of
+    fp32 (a decayed factor spans 2^±28 within a chunk, a gradient may be 1e-8); a bf16 operand is
+    one of them already. Anything else is `input_precision` of tl.dot.
+    """
+    if HOW == "pair":
+        x_high = x if x.dtype == tl.bfloat16 else _high_part(x)
+        y_high = y if y.dtype == tl.bfloat16 else _high_part(y)
+        x_high = tl.trans(x_high) if XT else x_high
+        y_high = tl.trans(y_high) if YT else y_high
+        acc = tl.dot(x_high, y_high, acc=acc)
+        if x.dtype != tl.bfloat16:
+            x_low = _low_part(x)
+            acc = tl.dot(tl.trans(x_low) if XT else x_low, y_high, acc=acc)
+        if y.dtype != tl.bfloat16:
+            y_low = _low_part(y)
+            acc = tl.dot(x_high, tl.trans(y_low) if YT else y_low, acc=acc)
+    else:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+        x = tl.trans(x) if XT else x
+        y = tl.trans(y) if YT else y
+        acc = tl.dot(x, y, acc=acc, input_precision=HOW)
+    return acc
+
+
+@triton.jit
+def factor(pointers: tl.tensor, mask: tl.tensor, HOW: tl.constexpr):
+    """A tile as an operand of `multiply`: bf16 values stay what they are, others become fp32."""
+    tile = tl.load(pointers, mask, other=0.0)
+    if HOW != "pair" or tile.dtype != tl.bfloat16:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def lower_inverse(A: tl.tensor, C: tl.constexpr, HOW: tl.constexpr):
+    """(I - A)⁻¹ of a strictly lower triangular A [C, C], by blocks of 16.
+
+    The diagonal blocks are solved row by row in fp32; two solved blocks are joined by products.
+    Powers of A are never formed: they grow like binomials on a repeated key.
+    """
+    NB: tl.constexpr = C // 16
+    i = tl.arange(0, 16)
+    nb = tl.arange(0, NB)
+    same = nb[:, None, None, None] == nb[None, None, :, None]
+    D = tl.sum(tl.where(same, tl.reshape(A, [NB, 16, NB, 16]), 0.0), 2)
+    Dt = tl.permute(D, (0, 2, 1))
+    X = tl.zeros([NB, 16, 16], tl.float32)
+    X += tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
+    for n in range(1, 16):
+        row = tl.sum(tl.where((i == n)[None, None, :], Dt, 0.0), 2)
+        solved = tl.sum(row[:, :, None] * X, 1)
+        X += tl.where((i == n)[None, :, None], solved[:, None, :], 0.0)
+    X = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C])
+    rows = tl.arange(0, C)
+    for level in tl.static_range(3):
+        if (32 << level) <= C:
+            half = rows // (16 << level)
+            joins = (half[:, None] // 2 == half[None, :] // 2) & (half[:, None] != half[None, :])
+            none = tl.zeros([C, C], tl.float32)
+            X = multiply(multiply(X, tl.where(joins, A, 0.0), none, HOW), X, X, HOW)
+    return X
+
+
+@triton.jit
+def row_powers(tile: tl.tensor):
+    """For each row the power of two at or below its largest element (1 for zeros and NaN)."""
+    largest = tl.max(tl.abs(tile), 1)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
+
+
+@triton.jit
+def narrow(tile: tl.tensor, HOW: tl.constexpr):
+    """The tile in fp16 as it is, for values near 1; with another HOW than "pair": unchanged."""
+    if HOW == "pair":
+        tile = tile.to(tl.float16)
+    return tile
+
+
+@triton.jit
+def halved(tile: tl.tensor, HOW: tl.constexpr):
+    """(the tile in fp16, each row divided by a power of two; that power [rows]).
+
+    For products whose rows carry the scale. With another HOW than "pair": (the tile, ones).
+    """
+    if HOW == "pair":
+        power = row_powers(tile)
+        tile = (tile * (1.0 / power)[:, None]).to(tl.float16)
+    else:
+        power = tl.full([tile.shape[0]], 1.0, tl.float32)
+    return tile, power
+
+
+@triton.jit
+def store_halved(
+    tile: tl.tensor,
+    power: tl.tensor,
+    pointers: tl.tensor,
+    mask: tl.tensor,
+    scales: tl.tensor,
+    rows: tl.tensor,
+):
+    """Store what `halved` returned."""
+    tl.store(pointers, tile, mask)
+    tl.store(scales, power, rows)
+
+
+@triton.jit
+def evened(tile: tl.tensor, powers: tl.tensor, HOW: tl.constexpr):
+    """A tile with a power of two a row, on one power for all: for products that sum over rows."""
+    power = tl.max(powers, 0)
+    if HOW == "pair":
+        tile = (tile.to(tl.float32) * (powers / power)[:, None]).to(tl.float16)
+    return tile, power
+
+
+@triton.jit
+def load_powers(scales: tl.tensor, rows: tl.tensor, HOW: tl.constexpr):
+    """The powers of two that `store_scaled` kept (ones where it keeps none)."""
+    if HOW == "pair":
+        powers = tl.load(scales, rows, other=1.0)
+    else:
+        powers = tl.full(rows.shape, 1.0, tl.float32)
+    return powers
+
+
+@triton.jit
+def store_scaled(
+    tile: tl.tensor, pointers: tl.tensor, mask: tl.tensor, scales: tl.tensor, rows: tl.tensor
+):
+    """Store a tile in the dtype of `pointers`, each row divided by a power of two kept at `scales`.
+
+    fp16 then neither overflows nor vanishes, whatever the size of v or of dy. fp32 needs none.
+    """
+    if pointers.dtype.element_ty == tl.float32:
+        tl.store(pointers, tile, mask)
+    else:
+        power = row_powers(tile)
+        tl.store(scales, power, rows)
+        tl.store(pointers, (tile * (1.0 / power)[:, None]).to(tl.float16), mask)
+
+
+@triton.jit
+def load_scaled(pointers: tl.tensor, mask: tl.tensor, scales: tl.tensor, rows: tl.tensor):
+    """What `store_scaled` stored, in fp32."""
+    tile = tl.load(pointers, mask, other=0.0).to(tl.float32)
+    if pointers.dtype.element_ty != tl.float32:
+        tile = tile * tl.load(scales, rows, other=0.0)[:, None]
+    return tile
+
+
+@triton.jit
+def load_transposed(pointer: tl.tensor, scales: tl.tensor, C: tl.constexpr, HOW: tl.constexpr):
+    """The transpose of a [C, C] tile that `store_scaled` stored, in fp32."""
+    t = tl.arange(0, C)
+    tile = tl.load(pointer + t[None, :] * C + t[:, None]).to(tl.float32)
+    if HOW == "pair":
+        tile = tile * tl.load(scales + t)[None, :]
+    return tile

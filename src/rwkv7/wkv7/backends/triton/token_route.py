@@ -1,0 +1,80 @@
+"""Launching the token-by-token kernels: forward, backward and the step in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rwkv7.wkv7.contract import Call
+
+from .kernels.tokens import step_in_place, walk_tokens, walk_tokens_back
+from .plan import SPAN, block, token_rows
+
+WARPS = 4
+
+
+def saved_spans(call: Call) -> int:
+    """How many states [H, V, K] the forward pass saves."""
+    B, T, *_ = call.sizes
+    if call.cu_seqlens is None:
+        return B * -(-T // SPAN)
+    return T // SPAN + call.sequences
+
+
+def forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """y and the final state; `saved` receives a state every SPAN tokens if `save`."""
+    _, T, H, K, V = call.sizes
+    S, rows = call.sequences, token_rows(K, V)
+    y = torch.empty_like(call.v)
+    final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
+    walk_tokens[(S * H, -(-V // rows))](
+        call.r, call.w, call.k, call.v, call.a, call.b,
+        call.state, y, final, saved, call.cu_seqlens, T, H,
+        K=K, V=V, BK=block(K), BV=rows, SPAN=SPAN,
+        LOGIT=call.decay == "logit", PACKED=call.cu_seqlens is not None,
+        GIVEN=call.state is not None, SAVE=save, num_warps=WARPS,
+    )  # fmt: skip
+    return y, final
+
+
+def backward(
+    call: Call, saved: Tensor, dy: Tensor | None, dfinal: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The seven gradients. Sums over blocks of V are made here, in a fixed order, in fp32."""
+    B, T, H, K, V = call.sizes
+    S, rows = call.sequences, token_rows(K, V)
+    parts = -(-V // rows)
+    inputs = (call.r, call.w, call.k, call.a, call.b)
+    grads = [torch.empty_like(x) for x in inputs]
+    if parts > 1:
+        grads = [x.new_empty((parts, *x.shape), dtype=torch.float32) for x in inputs]
+    dr, dw, dk, da, db = grads
+    dv = torch.empty_like(call.v)
+    dstate = call.v.new_empty((S, H, V, K), dtype=torch.float32)
+    scratch = call.v.new_empty((S * H * parts, SPAN, rows, block(K)), dtype=torch.float32)
+    walk_tokens_back[(S * H, parts)](
+        call.r, call.w, call.k, call.v, call.a, call.b,
+        dy, dfinal, saved, scratch, dr, dw, dk, dv, da, db, dstate,
+        call.cu_seqlens, T, H, B * T * H,
+        K=K, V=V, BK=block(K), BV=rows, SPAN=SPAN,
+        LOGIT=call.decay == "logit", PACKED=call.cu_seqlens is not None,
+        HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None, num_warps=WARPS,
+    )  # fmt: skip
+    if parts > 1:
+        dr, dw, dk, da, db = (g.sum(0).to(x.dtype) for g, x in zip(grads, inputs, strict=True))
+    return dr, dw, dk, dv, da, db, dstate
+
+
+def step(inputs: tuple[Tensor, ...], state: Tensor, decay: str, slots: Tensor | None) -> Tensor:
+    """One token: y [B, H, V], the pool `state` [P, H, V, K] updated in place."""
+    r, w, k, v, a, b = inputs
+    B, H, K = r.shape
+    V = v.shape[-1]
+    y = torch.empty_like(v)
+    rows = token_rows(K, V)
+    step_in_place[(B * H, -(-V // rows))](
+        r, w, k, v, a, b, state, y, slots, H,
+        K=K, V=V, BK=block(K), BV=rows,
+        LOGIT=decay == "logit", SLOTS=slots is not None, num_warps=WARPS,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,152 @@
+"""The triton backend under Triton's interpreter, on small shapes: the algebra, the tails, packing.
+
+The interpreter multiplies in fp32 and truncates bf16, so precision is judged with fp32 inputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from rwkv7.wkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7.contract import log_decay
+
+# Triton decides when it is imported, and again for each kernel, whether to interpret.
+with pytest.MonkeyPatch.context() as _early:
+    _early.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton")
+    for _name in ("tokens", "maps", "walks", "gradients"):
+        importlib.import_module(f"rwkv7.wkv7.backends.triton.kernels.{_name}")
+if type(triton.language.sum).__name__ != "InterpretedFunction":
+    pytest.skip("triton was imported before, to compile", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("the kernels are tested on the GPU itself", allow_module_level=True)
+
+NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run on the CPU inside these tests only."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inside = importlib.import_module("triton.runtime.interpreter")
+    patch = inside._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        # Triton 3.6 takes int() of an array of one element, which numpy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(inside, "_patch_lang_tensor", patched)
+
+
+def inputs(B, T, H, K, V, decay="logit", kind="random"):
+    g = torch.Generator().manual_seed(0)
+    r, k, key, rate, w = (torch.randn(B, T, H, K, generator=g) for _ in range(5))
+    v = torch.randn(B, T, H, V, generator=g)
+    key, rate, w = torch.nn.functional.normalize(key, dim=-1), rate.sigmoid(), 6 * w.sigmoid() - 6
+    if kind == "same key":
+        key = k = key[:, :1].expand_as(key)
+        rate, w = torch.full_like(rate, 0.999), torch.full_like(w, -12.0)
+    if kind == "floor":
+        w = torch.full_like(w, 12.0)
+    if decay != "logit":
+        w = log_decay(w, "logit", torch.float32)
+    if kind == "forget":
+        w[:, ::3, :, ::2], w[:, 1::3, :, 1::2] = -torch.inf, -50.0
+    return [r, w, k, v, -key, key * rate]
+
+
+def everything(call, backend, dtype, through="both", state=None, **options):
+    """(y, final state, the gradients) through y, the state or both."""
+    leaves = [x.detach().to(dtype).clone().requires_grad_() for x in call]
+    if state is not None:
+        leaves.append(state.detach().to(dtype).clone().requires_grad_())
+    initial = leaves[6] if state is not None else None
+    y, final = wkv7(*leaves[:6], initial, backend=backend, **options)
+    g = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype) for x in (y, final)]
+    chosen = {"y": [0], "state": [1], "both": [0, 1]}[through]
+    roots = [(y, final)[i] for i in chosen]
+    grads = torch.autograd.grad(roots, leaves, [seeds[i] for i in chosen], materialize_grads=True)
+    return (y, final, *grads)
+
+
+def compare(call, tolerance=1e-5, **options):
+    found = everything(call, "triton", torch.float32, **options)
+    exact = everything(call, "reference", torch.float64, **options)
+    for name, x, e in zip(NAMES, found, exact, strict=False):
+        scale = max(float(e.norm()), 1e-7 * float(max(g.norm() for g in exact[2:])))
+        assert float((x - e).norm()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("state", ["none", "random"])
+def test_lengths(T, state):
+    initial = None if state == "none" else torch.randn(2, 1, 8, 16)
+    compare(inputs(2, T, 1, 16, 8), state=initial)
+
+
+@pytest.mark.parametrize("through", ["y", "state"])
+@pytest.mark.parametrize("T", [9, 70])
+def test_gradient_through_one_output(T, through):
+    compare(inputs(1, T, 1, 16, 16), through=through, state=torch.zeros(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("kind", ["same key", "floor"])
+@pytest.mark.parametrize("decay", ["logit", "log_bounded"])
+def test_hard_inputs(kind, decay):
+    compare(inputs(1, 100, 1, 16, 16, decay, kind), decay=decay)
+
+
+def test_forgetting_everything():
+    call = inputs(1, 37, 1, 16, 16, "log", "forget")
+    compare(call, decay="log", state=torch.randn(1, 1, 16, 16))
+    assert "token by token" in str(explain(*call, decay="log", backend="triton"))
+
+
+@pytest.mark.parametrize("decay", ["log", "log_bounded"])
+def test_packed(decay):
+    offsets = torch.tensor([0, 0, 1, 66, 130, 135, 135])
+    compare(
+        inputs(1, 135, 2, 16, 8, decay), decay=decay, cu_seqlens=offsets,
+        state=torch.randn(6, 2, 8, 16),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20)])
+def test_odd_sizes(K, V):
+    compare(inputs(1, 40, 1, K, V))
+
+
+def test_empty():
+    state = torch.randn(1, 1, 16, 16)
+    y, final = wkv7(*inputs(1, 0, 1, 16, 16), state, backend="triton")
+    assert y.shape == (1, 0, 1, 16)
+    assert torch.equal(final, state)
+    assert final.data_ptr() != state.data_ptr()
+
+
+def test_refuses_what_it_cannot_run(monkeypatch):
+    call = inputs(1, 4, 1, 16, 16)
+    with pytest.raises(ValueError, match="float64"):
+        wkv7(*(x.double() for x in call), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        wkv7(*call, backend="triton")
+
+
+def test_step_in_a_pool():
+    call = inputs(4, 1, 2, 16, 8)
+    pool = torch.randn(6, 2, 8, 16)
+    slots = torch.tensor([5, -1, 0, 2])
+    before = pool.clone()
+    y = wkv7_step_(*(x[:, 0] for x in call), pool, slots=slots)
+    used = slots >= 0
+    expected, states = wkv7(*(x[used] for x in call), before[slots[used]], backend="reference")
+    torch.testing.assert_close(y[used], expected[:, 0])
+    torch.testing.assert_close(pool[slots[used]], states)
+    assert not y[1].any()
+    assert torch.equal(pool[[1, 3, 4]], before[[1, 3, 4]])
