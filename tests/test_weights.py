@@ -231,3 +231,9 @@ def test_a_loaded_model_works(tmp_path):
     tokens = random_tokens(SMALL, 2, 5)
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     loaded(tokens)[0].sum().backward()
+
+
+def test_block_numbers_run_from_zero(tensors, tmp_path):
+    extra = {**tensors, "blocks.99999999.att.r_k": torch.zeros(3, 8)}
+    refused(extra, tmp_path / "m.pth", r"m\.pth: blocks\.3: missing")
+    refused({**tensors, "blocks.²": torch.zeros(1)}, tmp_path / "m.pth", "blocks.²: unknown")
