@@ -142,3 +142,20 @@ def test_foreign_layouts():
     assert rwkv7.state_to_official(state) is state
     foreign[0, 0, 1, 2].backward()
     assert state.grad[0, 0, 2, 1] == 1 and state.grad.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "dimensions",
+    ["[]", "null", "3", "NaN", "[" * 100_000, "{", '{"layers": NaN}', '{"layers": []}'],
+)
+def test_dimensions_that_are_no_object_are_refused_in_words(dimensions):
+    tensors, metadata = random_state(SMALL, 1).to_tensors(SMALL)
+    with pytest.raises(ValueError, match="dimensions cannot be read|layers (nan|\\[\\])"):
+        ModelState.from_tensors(tensors, {**metadata, "dimensions": dimensions}, SMALL)
+
+
+def test_a_shift_without_rows_is_refused():
+    tensors, metadata = random_state(SMALL, 1).to_tensors(SMALL)
+    tensors["layers.0.time_shift"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"layers\.0\.time_shift: expected \[B, C\]"):
+        ModelState.from_tensors(tensors, metadata, SMALL)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,6 +132,17 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(errno.EISDIR, "is a folder; expected a name for a file", str(path))
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` is; ValueError for whatever else it may be."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("expected a JSON object, found one nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

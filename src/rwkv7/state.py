@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .files import open_tensors, write_atomically
+from .files import json_object, open_tensors, write_atomically
 
 # What a state file says of itself. The version rises when older readers would misread it.
 _FORMAT = {"kind": "rwkv7 state", "version": "1", "layout": "B, H, V, K"}
@@ -158,9 +158,13 @@ class ModelState:
     ) -> ModelState:
         """The inverse of `to_tensors`; ValueError says what does not fit this model."""
         for name, expected in _FORMAT.items():
-            if (found := metadata.get(name)) != expected:
-                raise ValueError(f"expected a state file with {name} {expected!r}, found {found!r}")
-        found, wanted = json.loads(metadata.get("dimensions", "{}")), _dimensions(config)
+            if (said := metadata.get(name)) != expected:
+                raise ValueError(f"expected a state file with {name} {expected!r}, found {said!r}")
+        try:
+            found = json_object(metadata.get("dimensions", "{}"))
+        except ValueError as error:
+            raise ValueError(f"the state's dimensions cannot be read ({error})") from None
+        wanted = _dimensions(config)
         if wrong := [
             f"{name} {found.get(name)} (the model's: {size})"
             for name, size in wanted.items()
@@ -172,6 +176,8 @@ class ModelState:
             raise ValueError(f"the state lacks {missing[0]}")
         state = ModelState(tuple(LayerState(*(tensors[n] for n in layer)) for layer in names))
         shift = state.layers[0].time_shift
+        if shift.dim() != 2:
+            raise ValueError(f"{names[0][1]}: expected [B, C], found {list(shift.shape)}")
         state.check(config, shift.shape[0], shift.dtype, shift.device)
         return state
 
