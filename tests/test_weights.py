@@ -132,7 +132,7 @@ def test_refuses_what_does_not_fit_together(tmp_path, tensors, name, shape, says
 
 def test_refuses_integers(tmp_path, tensors):
     tensors["ln_out.weight"] = tensors["ln_out.weight"].int()
-    refused(tensors, tmp_path / "m.pth", "ln_out.weight: expected floating point")
+    refused(tensors, tmp_path / "m.pth", "ln_out.weight: expected a dense tensor of bfloat16")
 
 
 def test_refuses_a_tuned_state(tmp_path):
