@@ -212,11 +212,12 @@ def rewritten(path, change):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     about = json.loads(metadata["session"])
     change(tensors, metadata, about)
-    if metadata["session"] != "{":
+    if metadata["session"] not in UNREADABLE:
         metadata["session"] = json.dumps(about)
     save_file(tensors, path, metadata)
 
 
+UNREADABLE = ("{", "[" * 100_000, "NaN", "[]")
 BROKEN = {
     "kind": lambda t, m, a: m.update(kind="something else"),
     "layout 'B, H, V, K'": lambda t, m, a: m.update(layout="B, H, K, V"),
@@ -241,6 +242,13 @@ BROKEN = {
 def test_a_broken_session_says_what_is_wrong(saved, model, words):
     rewritten(saved, BROKEN[words])
     with pytest.raises(ValueError, match=f"session: .*{words}"):
+        Session.load(saved, model)
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=["cut", "deep", "NaN", "list"])
+def test_a_session_that_is_no_object_says_so(saved, model, content):
+    rewritten(saved, lambda t, m, a: m.update(session=content))
+    with pytest.raises(ValueError, match="its own part cannot be read"):
         Session.load(saved, model)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from random_model import SMALL, random_state, rows
+from random_model import SMALL, random_model, random_state, random_tokens, rows
 from safetensors.torch import load_file, save_file
 
 import rwkv7
@@ -142,3 +142,54 @@ def test_foreign_layouts():
     assert rwkv7.state_to_official(state) is state
     foreign[0, 0, 1, 2].backward()
     assert state.grad[0, 0, 2, 1] == 1 and state.grad.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "dimensions",
+    ["[]", "null", "3", "NaN", "[" * 100_000, "{", '{"layers": NaN}', '{"layers": []}'],
+)
+def test_dimensions_that_are_no_object_are_refused_in_words(dimensions):
+    tensors, metadata = random_state(SMALL, 1).to_tensors(SMALL)
+    with pytest.raises(ValueError, match="dimensions cannot be read|layers (nan|\\[\\])"):
+        ModelState.from_tensors(tensors, {**metadata, "dimensions": dimensions}, SMALL)
+
+
+def test_a_shift_without_rows_is_refused():
+    tensors, metadata = random_state(SMALL, 1).to_tensors(SMALL)
+    tensors["layers.0.time_shift"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"layers\.0\.time_shift: expected \[B, C\]"):
+        ModelState.from_tensors(tensors, metadata, SMALL)
+
+
+@pytest.mark.parametrize("rows_", [[True, False], [0.0], [1, True], ["1"]])
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
+def test_rows_are_whole_numbers(rows_, kind):
+    if kind is torch.tensor and rows_ in ([1, True], ["1"]):
+        pytest.skip("no such tensor")
+    with pytest.raises(TypeError, match="rows: expected whole numbers"):
+        random_state(SMALL, 2).select(kind(rows_))
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
+def test_rows_are_those_there_are(row, kind):
+    with pytest.raises(ValueError, match=f"rows: expected 0 to 2, found {row}"):
+        random_state(SMALL, 3).select(kind([0, row]))
+    assert random_state(SMALL, 3).select([]).batch == 0
+
+
+def test_sizes_and_dtypes_that_no_state_has():
+    with pytest.raises(ValueError, match="batch: expected 0 or more sequences, found -1"):
+        ModelState.zeros(SMALL, -1)
+    with pytest.raises(ValueError, match=r"dtype: .*found torch\.int64"):
+        ModelState.zeros(SMALL, 1, torch.int64)
+    with pytest.raises(ValueError, match=r"dtype: .*found torch\.int32"):
+        ModelState.zeros(SMALL, 1).to(dtype=torch.int32)
+
+
+def test_no_tokens_give_a_copy_of_the_state():
+    model, state = random_model(), random_state(SMALL, 2)
+    _, same = model(random_tokens(SMALL, 2, 0), state)
+    assert_equal(same, state)
+    same.layers[0].wkv.zero_()
+    assert state.layers[0].wkv.any()

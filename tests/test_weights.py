@@ -132,7 +132,7 @@ def test_refuses_what_does_not_fit_together(tmp_path, tensors, name, shape, says
 
 def test_refuses_integers(tmp_path, tensors):
     tensors["ln_out.weight"] = tensors["ln_out.weight"].int()
-    refused(tensors, tmp_path / "m.pth", "ln_out.weight: expected floating point")
+    refused(tensors, tmp_path / "m.pth", "ln_out.weight: expected a dense tensor of bfloat16")
 
 
 def test_refuses_a_tuned_state(tmp_path):
@@ -231,3 +231,9 @@ def test_a_loaded_model_works(tmp_path):
     tokens = random_tokens(SMALL, 2, 5)
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     loaded(tokens)[0].sum().backward()
+
+
+def test_block_numbers_run_from_zero(tensors, tmp_path):
+    extra = {**tensors, "blocks.99999999.att.r_k": torch.zeros(3, 8)}
+    refused(extra, tmp_path / "m.pth", r"m\.pth: blocks\.3: missing")
+    refused({**tensors, "blocks.²": torch.zeros(1)}, tmp_path / "m.pth", "blocks.²: unknown")

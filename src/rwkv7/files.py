@@ -6,11 +6,14 @@ What goes into a file, and what its tensors mean, is the caller's affair.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,21 +95,54 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         write: makes the file at the path it is given, in the folder of `path`.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: what the writing met, for instance a full disk.
+        FileNotFoundError, IsADirectoryError: what `check_destination` says.
+        OSError: what the writing met, for instance a full disk; it names `path`.
     """
-    path = Path(path).resolve()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: the folder {path.parent} does not exist; make it first")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    check_destination(path)
+    final = Path(path).resolve()
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(final)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) != str(temporary):
+            raise
+        if error.errno is None:
+            raise _unwritable(path, error) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        # What safetensors and torch make of a full disk.
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    _sync_folder(final.parent)
+
+
+def check_destination(path: str | os.PathLike[str]) -> None:
+    """Raise unless `path` can name a file to write; for asking before the work that fills it.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder itself.
+    """
+    final = Path(path).resolve()
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; expected a name for a file", str(path))
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` is; ValueError for whatever else it may be."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("expected a JSON object, found one nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def _sync_folder(folder: Path) -> None:
@@ -119,10 +155,17 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
+    return OSError(f"{path}: could not be written ({_reason(error)}); what was there is whole")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return ValueError(
         f"{path}: cannot be read as a {kind} file of tensors: it is truncated, damaged or "
-        f"something else ({reason})"
+        f"something else ({_reason(error)})"
     )

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import write_atomically
+from .files import json_object, write_atomically
 from .nn import RWKV7
 from .sampling import Sampler
 from .state import ModelState
@@ -163,11 +163,9 @@ def _placed(state: ModelState, model: RWKV7) -> ModelState:
 
 def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
     try:
-        about = json.loads(text)
-    except json.JSONDecodeError:
-        about = None
-    if not isinstance(about, dict):
-        raise ValueError("a broken session: its own part cannot be read")
+        about = json_object(text)
+    except ValueError:
+        raise ValueError("a broken session: its own part cannot be read") from None
     if about.get("version") != _VERSION:
         raise ValueError(
             f"a session of version {about.get('version')!r}; this library reads {_VERSION}"

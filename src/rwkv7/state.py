@@ -7,6 +7,7 @@ is the caller's affair: a model takes one and gives one.
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .files import open_tensors, write_atomically
+from .files import json_object, open_tensors, write_atomically
 
 # What a state file says of itself. The version rises when older readers would misread it.
 _FORMAT = {"kind": "rwkv7 state", "version": "1", "layout": "B, H, V, K"}
@@ -50,7 +51,13 @@ class ModelState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> ModelState:
-        """The state before the first token, of `batch` sequences, for a model of this dtype."""
+        """The state before the first token, of `batch` sequences, for a model of this dtype.
+
+        ValueError for a batch below 0 and for a dtype that is not floating point.
+        """
+        if batch < 0:
+            raise ValueError(f"batch: expected 0 or more sequences, found {batch}")
+        _check_floating(dtype)
 
         def layer() -> LayerState:
             shape = (batch, config.heads, config.head_size, config.head_size)
@@ -74,7 +81,10 @@ class ModelState:
         """On another device, or for a model of another dtype.
 
         The WKV states stay float32 whatever the model's dtype, float64 for a float64 model.
+        ValueError for a dtype that is not floating point.
         """
+        if dtype is not None:
+            _check_floating(dtype)
         wkv_dtype = None if dtype is None else wide_dtype(dtype)
         return ModelState(
             tuple(
@@ -88,8 +98,19 @@ class ModelState:
         )
 
     def select(self, rows: Tensor | Sequence[int]) -> ModelState:
-        """The states of some sequences, in the order of `rows`; a row may come more than once."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.layers[0].wkv.device)
+        """The states of some sequences, in the order of `rows`; a row may come more than once.
+
+        Raises:
+            TypeError: rows that are not whole numbers, such as a mask.
+            ValueError: a row outside 0 to B - 1; of rows on a GPU, it is torch that complains.
+        """
+        index = _row_numbers(rows)
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(x) for x in index.aminmax())
+            if low < 0 or high >= self.batch:
+                wrong = low if low < 0 else high
+                raise ValueError(f"rows: expected 0 to {self.batch - 1}, found {wrong}")
+        index = index.to(self.layers[0].wkv.device)
         return self._map(lambda x: x.index_select(0, index))
 
     @staticmethod
@@ -158,9 +179,13 @@ class ModelState:
     ) -> ModelState:
         """The inverse of `to_tensors`; ValueError says what does not fit this model."""
         for name, expected in _FORMAT.items():
-            if (found := metadata.get(name)) != expected:
-                raise ValueError(f"expected a state file with {name} {expected!r}, found {found!r}")
-        found, wanted = json.loads(metadata.get("dimensions", "{}")), _dimensions(config)
+            if (said := metadata.get(name)) != expected:
+                raise ValueError(f"expected a state file with {name} {expected!r}, found {said!r}")
+        try:
+            found = json_object(metadata.get("dimensions", "{}"))
+        except ValueError as error:
+            raise ValueError(f"the state's dimensions cannot be read ({error})") from None
+        wanted = _dimensions(config)
         if wrong := [
             f"{name} {found.get(name)} (the model's: {size})"
             for name, size in wanted.items()
@@ -172,6 +197,9 @@ class ModelState:
             raise ValueError(f"the state lacks {missing[0]}")
         state = ModelState(tuple(LayerState(*(tensors[n] for n in layer)) for layer in names))
         shift = state.layers[0].time_shift
+        if shift.dim() != 2:
+            raise ValueError(f"{names[0][1]}: expected [B, C], found {list(shift.shape)}")
+        _check_floating(shift.dtype)
         state.check(config, shift.shape[0], shift.dtype, shift.device)
         return state
 
@@ -294,6 +322,21 @@ def state_from_official(state: Tensor) -> Tensor:
 def state_to_official(state: Tensor) -> Tensor:
     """The inverse of `state_from_official`, the identity too."""
     return state
+
+
+def _check_floating(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating point one, found {dtype}")
+
+
+def _row_numbers(rows: Tensor | Sequence[int]) -> Tensor:
+    if not isinstance(rows, Tensor):
+        if any(isinstance(row, bool) or not hasattr(row, "__index__") for row in rows):
+            raise TypeError(f"rows: expected whole numbers, found {list(rows)}")
+        return torch.tensor([operator.index(row) for row in rows], dtype=torch.long)
+    if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+        raise TypeError(f"rows: expected whole numbers, found a tensor of {rows.dtype}")
+    return rows.long()
 
 
 def _dimensions(config: ModelConfig) -> dict[str, int]:

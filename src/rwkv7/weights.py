@@ -111,8 +111,7 @@ def config_from_tensors(tensors: Mapping[str, Tensor]) -> ModelConfig:
             that does not go with the others.
     """
     _refuse_foreign(tensors)
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    layers = 1 + max(int(block) for block in blocks if block.isdigit())
+    layers = _count_layers(tensors)
     V, C = _matrix(tensors, "emb.weight")
     H, N = _matrix(tensors, "blocks.0.att.r_k")
     if C != H * N:
@@ -176,6 +175,16 @@ def _refuse_foreign(tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors:
             some = ", ".join(list(tensors)[:3]) or "no tensors"
             raise ValueError(f"expected an RWKV-7 model, which has {name}; found {some}")
+
+
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    # Counted, not read off the highest number: one absurd name must not ask for as many layers.
+    numbers = {block for block in blocks if block.isascii() and block.isdecimal()}
+    for i in range(len(numbers)):
+        if str(i) not in numbers:
+            raise ValueError(f"blocks.{i}: missing")
+    return len(numbers)
 
 
 def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:

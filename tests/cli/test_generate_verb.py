@@ -128,7 +128,8 @@ def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_pat
     [
         (("--temperature", "-1"), "temperature: expected"),
         (("--top-p", "2"), "top_p: expected"),
-        (("--state-out", "/nowhere/at/all/s"), "--state-out: the folder"),
+        (("--state-out", "/nowhere/at/all/s"), "/nowhere/at/all/s: its folder"),
+        (("--state-out", "/"), "/: is a folder"),
         (("--state-in", "/nowhere/s"), "/nowhere/s: No such file"),
         (("--device", "abacus"), "device: 'abacus' cannot be used here"),
         (("--device", "cuda:77"), "device: 'cuda:77' cannot be used here"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rwkv7.config import ModelConfig
 from rwkv7.nn import RWKV7
@@ -128,3 +132,44 @@ def assert_same(one: Trained, other: Trained) -> None:
     assert first.keys() == second.keys()
     for name, moment in first.items():
         assert torch.equal(moment, second[name]), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda training: [],
+        lambda training: None,
+        lambda training: {**training, "bytes": []},
+        lambda training: {**training, "bytes": {}},
+        lambda training: {**training, "settings": [1]},
+        lambda training: {**training, "settings": {"width": "16"}},
+        lambda training: {**training, "machine": 3},
+    ],
+)
+def test_a_training_json_of_another_shape_does_not_count(
+    tmp_path: Path, trained: Trained, settings: TrainSettings, change: Callable[[Any], Any]
+) -> None:
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, *trained, settings, step) / "training.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    path.write_text("[" * 100_000)
+    assert newest_checkpoint(tmp_path) == found
+
+
+@pytest.mark.parametrize("moment", checkpoint.MOMENTS)
+def test_a_missing_moment_is_named(
+    tmp_path: Path, trained: Trained, settings: TrainSettings, moment: str
+) -> None:
+    path = save_checkpoint(tmp_path, *trained, settings, 1) / checkpoint.OPTIMIZER
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    moments = load_file(path)
+    del moments[f"head.weight.{moment}"]
+    save_file(moments, path)
+    with pytest.raises(ValueError, match=rf"head\.weight\.{moment} is missing"):
+        load_checkpoint(found, CPU)
+    save_file({**moments, f"head.weight.{moment}": torch.zeros(1), "odd": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"unknown tensors odd|expected the shape"):
+        load_checkpoint(found, CPU)

@@ -61,5 +61,24 @@ def test_a_lock_without_content_counts_while_it_is_new(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("pid", [10**30, 0, -1])
+def test_a_number_of_no_process_does_not_lock(tmp_path: Path, pid: int) -> None:
+    write(tmp_path, pid, HOST)
+    with run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"pid": Infinity, "host": ""}', "[" * 100_000])
+def test_a_lock_of_another_shape_counts_while_it_is_new(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "lock"
+    path.write_text(content)
+    with pytest.raises(RunIsBusyError, match="is training in this folder"), run_lock(tmp_path):
+        pass
+    old = path.stat().st_mtime - NEWBORN - 1
+    os.utime(path, (old, old))
+    with run_lock(tmp_path):
+        pass
+
+
 def write(run: Path, pid: int, host: str) -> None:
     (run / "lock").write_text(json.dumps({"pid": pid, "host": host}))

@@ -87,3 +87,12 @@ def test_a_bar_is_for_terminals() -> None:
     assert isinstance(console_report(Console(file=io.StringIO())), LineReport)
     terminal = Console(file=io.StringIO(), force_terminal=True)
     assert isinstance(console_report(terminal), BarReport)
+
+
+def test_lines_that_are_not_of_a_log_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    lines = [b"[1]", b"7", b"null", b'{"loss": 1}', b'{"step": "2"}', b"[" * 100_000, b"\xff"]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 1}', b'{"step": 3}']) + b"\n")
+    assert read_log(path) == [{"step": 1}, {"step": 3}]
+    RunLog(path, step=2).close()
+    assert path.read_text() == '{"step": 1}\n'

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rwkv7.files import check_destination
 from rwkv7.generate import Session
 from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import StreamDecoder, Tokenizer, get_tokenizer
@@ -54,8 +55,8 @@ def generate(
     saved with --state-out and continued with --state-in gives the text that one longer run would
     have given, wherever it was cut; it keeps its settings, which the options above replace.
     """
-    if state_out is not None and not state_out.absolute().parent.is_dir():
-        raise ValueError(f"--state-out: the folder {state_out.absolute().parent} does not exist")
+    if state_out is not None:
+        check_destination(state_out)
     sampler = Sampler(
         1.0 if temperature is None else temperature,
         0 if top_k is None else top_k,

@@ -38,6 +38,7 @@ def verify(
     With the initial state None, zero and random, in every dtype: the relative error of y, of the
     final state and of each gradient, beside its bound. The exit code is 1 when anything fails.
     """
+    from rwkv7.files import check_destination
     from rwkv7.machine import best_device
     from rwkv7.verification import Sizes, backend_checks, peer_checks
 
@@ -47,8 +48,8 @@ def verify(
 
         picture_format(plot)
     for file in (plot, json_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: its folder does not exist")
+        if file is not None:
+            check_destination(file)
     sizes = Sizes()
     devices = list({"cpu": _cpu(), best_device().type: best_device()}.values())
     names = [name.strip() for name in against.split(",") if name.strip()]

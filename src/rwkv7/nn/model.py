@@ -171,9 +171,10 @@ class RWKV7(nn.Module):
             state.check(self.config, batch, self.dtype, self.device)
         x = self._embed(tokens)
         if tokens.numel() == 0:
-            if state is None:
-                state = ModelState.zeros(self.config, batch, self.dtype, self.device)
-            return self.ln_out(x), state
+            # A copy: what is done to the state that comes out must not reach the one given.
+            if state is not None:
+                return self.ln_out(x), state.clone()
+            return self.ln_out(x), ModelState.zeros(self.config, batch, self.dtype, self.device)
         v_first, layers = None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rwkv7.files import json_object
 from rwkv7.nn import RWKV7
 from rwkv7.weights import load_model, save_model
 
@@ -103,15 +104,15 @@ def save_checkpoint(
 def newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint of the run, or None. Damaged and unfinished ones do not count."""
     for step, path in sorted(_folders(run), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            training = json.loads((path / TRAINING).read_text(encoding="utf-8"))
+        # What a wrong training.json raises depends on where it is wrong; none stops the search.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            training = json_object((path / TRAINING).read_bytes())
             if training["format"] != FORMAT:
                 raise ValueError(f"{path}: format {training['format']}, expected {FORMAT}")
-            if all((path / name).stat().st_size == n for name, n in training["bytes"].items()):
+            sizes, writer = training["bytes"], dict(training["machine"])
+            if all((path / name).stat().st_size == sizes[name] for name in (MODEL, OPTIMIZER)):
                 settings = TrainSettings.from_dict(training["settings"])
-                return Checkpoint(
-                    path=path, step=step, settings=settings, machine=training["machine"]
-                )
+                return Checkpoint(path=path, step=step, settings=settings, machine=writer)
     return None
 
 
@@ -120,7 +121,7 @@ def load_checkpoint(
 ) -> tuple[RWKV7, torch.optim.AdamW]:
     """The model (fp32) and the optimizer as they were saved.
 
-    Raises ValueError when the files do not belong together.
+    Raises ValueError when the files do not belong together, or a moment is missing.
     """
     model = load_model(checkpoint.path / MODEL, device=device, dtype=torch.float32)
     optimizer = make_optimizer(model, checkpoint.settings)
@@ -129,20 +130,31 @@ def load_checkpoint(
         moments = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    begun = bool(moments)  # there are none before the first step, and then all of them
     states: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(_in_order(optimizer)):
-        if f"{name}.step" in moments:  # absent before the first step
-            states[index] = {moment: moments.pop(f"{name}.{moment}") for moment in MOMENTS}
-            found = states[index]["exp_avg"].shape
-            if found != parameter.shape:
-                raise ValueError(
-                    f"{path}: {name}: expected the shape {list(parameter.shape)}, "
-                    f"found {list(found)}"
-                )
-    if moments:
-        raise ValueError(f"{path}: unknown tensors {', '.join(sorted(moments)[:3])}")
+        if begun:
+            states[index] = _moments_of(name, parameter, moments, path)
+    known = {f"{name}.{moment}" for name, _ in _in_order(optimizer) for moment in MOMENTS}
+    if unknown := sorted(moments.keys() - known):
+        raise ValueError(f"{path}: unknown tensors {', '.join(unknown[:3])}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     return model, optimizer
+
+
+def _moments_of(
+    name: str, parameter: Tensor, moments: dict[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    if missing := [moment for moment in MOMENTS if f"{name}.{moment}" not in moments]:
+        raise ValueError(f"{path}: {name}.{missing[0]} is missing")
+    found = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS}
+    for moment in MOMENTS[:2]:
+        if found[moment].shape != parameter.shape:
+            raise ValueError(
+                f"{path}: {name}.{moment}: expected the shape {list(parameter.shape)}, "
+                f"found {list(found[moment].shape)}"
+            )
+    return found
 
 
 def machine(model: RWKV7) -> dict[str, Any]:

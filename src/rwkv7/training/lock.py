@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rwkv7.files import json_object
+
 __all__ = ["RunIsBusyError", "run_lock"]
 
 NEWBORN = 10.0  # seconds in which a lock file may still be without its content
@@ -71,15 +73,17 @@ def _remove_if_stale(path: Path) -> None:
 
 def _stale(content: bytes, age: float) -> bool:
     try:
-        owner = json.loads(content)
+        owner = json_object(content)
         pid, host = int(owner["pid"]), owner["host"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return age > NEWBORN
     # This very process does not hold it, or `_held` would say so: its number was used before.
     return host == socket.gethostname() and (pid == os.getpid() or not _alive(pid))
 
 
 def _alive(pid: int) -> bool:
+    if pid < 1:  # to os.kill not a process but a group of them
+        return False
     if sys.platform == "win32":  # where os.kill would end the process that it asks about
         import ctypes
 
@@ -91,7 +95,7 @@ def _alive(pid: int) -> bool:
         return alive
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no such process, or too large for any
         return False
     except OSError:  # alive, and not ours
         return True
@@ -101,7 +105,7 @@ def _alive(pid: int) -> bool:
 def _busy(path: Path) -> str:
     owner = {}
     with contextlib.suppress(OSError, ValueError):
-        owner = json.loads(path.read_bytes())
+        owner = json_object(path.read_bytes())
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'some machine')}"
     return (
         f"{path.parent}: {who} is training in this folder. Wait for it, or choose another folder; "

@@ -5,12 +5,13 @@ What a person sees while the run goes on is left to report.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv7.files import write_atomically
+from rwkv7.files import json_object, write_atomically
 
 from .evaluate import Evaluation
 
@@ -69,14 +70,15 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A last line that a kill left incomplete is not one of them."""
+    """The lines of a log: objects with a whole number as `step`. Others are left out, such as a
+    last one that a kill left incomplete."""
     lines = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        for text in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                line = json_object(text)
+                if type(line.get("step")) is int:
+                    lines.append(line)
     return lines
 
 
