@@ -237,3 +237,35 @@ def test_block_numbers_run_from_zero(tensors, tmp_path):
     extra = {**tensors, "blocks.99999999.att.r_k": torch.zeros(3, 8)}
     refused(extra, tmp_path / "m.pth", r"m\.pth: blocks\.3: missing")
     refused({**tensors, "blocks.²": torch.zeros(1)}, tmp_path / "m.pth", "blocks.²: unknown")
+
+
+def test_a_file_of_old_pytorch_loads(tensors, tmp_path):
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same_model(load_model(tmp_path / "old.pth"), random_model(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("content", [b"", b"Call me Ishmael.\n", b"{}", b"\x80\x02.", b"\x00" * 99])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "m.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.pth: cannot be read as a PyTorch file"):
+        load_model(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
+        ({"device": "cuda:77"}, "device: 'cuda:77' cannot be used here"),
+        ({"device": torch.device("cuda:77")}, "device: 'cuda:77' cannot be used here"),
+        ({"dtype": torch.int8}, r"dtype: expected bfloat16, .*, found torch\.int8"),
+    ],
+)
+def test_device_and_dtype_are_checked_before_the_file(tmp_path, given, says):
+    with pytest.raises(ValueError, match=says):
+        load_model(tmp_path / "none.pth", **given)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda x: x.to(torch.float8_e5m2)])
+def test_tensors_of_another_kind_are_refused_by_name(tensors, tmp_path, change):
+    tensors["blocks.1.att.key.weight"] = change(tensors["blocks.1.att.key.weight"])
+    refused(tensors, tmp_path / "m.pth", r"blocks\.1\.att\.key\.weight: expected a dense tensor")

@@ -11,6 +11,8 @@ import json
 import os
 import pickle
 import secrets
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+# What torch.load raises, depending on where a damaged or foreign file stops making sense.
+_LOADING = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, struct.error),
+    *(AttributeError, LookupError, TypeError, AssertionError, OverflowError),
+)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -73,8 +81,10 @@ def open_tensors(path: str | os.PathLike[str], prefix: str = "") -> Iterator[Ten
             yield TensorFile(names, file.get_tensor, file.metadata() or {})
         return
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _LOADING as error:
         raise _unreadable(path, error) from None
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()

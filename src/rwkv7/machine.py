@@ -23,7 +23,7 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def device_called(name: str | None) -> torch.device:
+def device_called(name: str | torch.device | None) -> torch.device:
     """The device of that name, the best one for None; ValueError where it is not to be had."""
     if name is None:
         return best_device()
@@ -33,7 +33,7 @@ def device_called(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device: {name!r} cannot be used here ({reason}); the best is {best_device()}"
+            f"device: {str(name)!r} cannot be used here ({reason}); the best is {best_device()}"
         ) from None
     return device
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .files import open_tensors, write_atomically
+from .machine import device_called
 from .nn import RWKV7
 
 # What a name says about a file that is not plain RWKV-7; the first that matches decides.
@@ -27,6 +28,7 @@ _FOREIGN = (
     ("blocks.0.ffn.enn.", "RWKV-8"),
 )
 _VECTORS = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _PREFIX = "_forward_module."  # DeepSpeed ZeRO-3 leaves it
 _UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 
@@ -46,11 +48,14 @@ def load_model(
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the file is truncated, of another version of RWKV, or not a model, or its
-            tensors do not fit together.
+        ValueError: a device that is not to be had, a dtype that no model has; or the file is
+            truncated, of another version of RWKV, or not a model, or its tensors do not fit
+            together.
     """
+    device = torch.get_default_device() if device is None else device_called(device)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected {_names_of_dtypes()}, found {dtype}")
     file = _find(Path(path))
-    device = torch.get_default_device() if device is None else torch.device(device)
     with open_tensors(file, _PREFIX) as tensors:
         try:
             config = config_from_tensors(tensors)
@@ -212,8 +217,16 @@ def _check_shapes(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
                 f"{name}: expected the shape {_official_shape(name, expected)} "
                 f"to go with the other tensors, found {found}"
             )
-        if not tensors[name].dtype.is_floating_point:
-            raise ValueError(f"{name}: expected floating point, found {tensors[name].dtype}")
+        layout, dtype = tensors[name].layout, tensors[name].dtype
+        if layout != torch.strided or dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: expected a dense tensor of {_names_of_dtypes()}, found {layout}, {dtype}"
+            )
+
+
+def _names_of_dtypes() -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in _DTYPES]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _official_shape(name: str, shape: list[int]) -> list[int]:

@@ -10,7 +10,7 @@ from rwkv7.cli import demo as verb
 from rwkv7.cli.demo import PROMPT, Story, tell
 from rwkv7.demo_text import load_text
 from rwkv7.generate import Session
-from rwkv7.training import TrainSettings
+from rwkv7.training import TrainingDivergedError, TrainSettings
 
 HELD_OUT = 2048
 
@@ -86,3 +86,14 @@ def test_a_second_demo_takes_a_folder_of_its_own(tmp_path, monkeypatch):
         folder = verb._free_folder()
         assert folder.name == name
         folder.mkdir()
+
+
+def test_a_training_that_diverges_ends_in_one_line(story, tmp_path, capsys, monkeypatch):
+    def diverge(*_, **__):
+        raise TrainingDivergedError("stopped at step 3: the loss is nan")
+
+    monkeypatch.setattr("rwkv7.training.train_model", diverge)
+    with pytest.raises(typer.Exit) as ended:
+        tell(story, tmp_path / "out", "cpu")
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == "error: stopped at step 3: the loss is nan\n"

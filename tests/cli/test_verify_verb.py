@@ -77,6 +77,8 @@ def test_a_backend_that_crashes_is_shown_and_the_rest_is_too(monkeypatch, capsys
     [
         (("--against", "llama"), "error: against: expected fla or rwkv, found 'llama'"),
         (("--plot", "/nowhere/at/all.png"), "error: /nowhere/at/all.png: its folder"),
+        (("--against", ""), "error: against: expected fla, rwkv or fla,rwkv, found ''"),
+        (("--against", " ,"), "error: against: expected fla, rwkv or fla,rwkv, found ' ,'"),
         (("--json", "/"), "error: /: is a folder"),
         (("--json", "/nowhere/v.json"), "error: /nowhere/v.json: its folder"),
         (("--plot", "v.xyz"), "error: v.xyz: expected a name in .png"),

@@ -7,6 +7,7 @@ strings together what the other verbs do; the work itself is theirs.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,12 +101,17 @@ def _verify(out: Path) -> None:
 
 
 def _train(story: Story, out: Path, device: str | None, console: Console) -> TrainResult:
-    from rwkv7.training import console_report, train_model
+    from rwkv7.training import TrainingDivergedError, console_report, train_model
 
     text, run = out / "text.txt", out / "model"
     text.write_bytes(story.text)
     started = time.perf_counter()
-    result = train_model(story.settings, [text], run, device=device, report=console_report(console))
+    report = console_report(console)
+    try:
+        result = train_model(story.settings, [text], run, device=device, report=report)
+    except TrainingDivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if not result.finished:
         print(f"stopped and saved; go on with: rwkv7 train --out {run} --resume")
         raise KeyboardInterrupt

@@ -24,8 +24,8 @@ _DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": 
 
 def verify(
     against: Annotated[
-        str, typer.Option(metavar="PEERS", help="Check these too: fla, rwkv or fla,rwkv.")
-    ] = "",
+        str | None, typer.Option(metavar="PEERS", help="Check these too: fla, rwkv or fla,rwkv.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw errors and bounds (.png, .svg).")
     ] = None,
@@ -50,9 +50,11 @@ def verify(
     for file in (plot, json_file):
         if file is not None:
             check_destination(file)
+    names = [name.strip() for name in (against or "").split(",") if name.strip()]
+    if against is not None and not names:
+        raise ValueError(f"against: expected fla, rwkv or fla,rwkv, found {against!r}")
     sizes = Sizes()
     devices = list({"cpu": _cpu(), best_device().type: best_device()}.values())
-    names = [name.strip() for name in against.split(",") if name.strip()]
     peers, refused_peers = peer_checks(names, sizes, devices)
     checks, refusals = backend_checks(sizes, devices)
     rows = _run(checks + peers)
