@@ -170,7 +170,10 @@ def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error)
+    # torch.load first recommends to run what the file says; what it met comes after that.
+    text = text.partition("WeightsUnpickler error:")[2] or text
+    return (text.strip() or type(error).__name__).splitlines()[0]
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
