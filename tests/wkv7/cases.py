@@ -14,9 +14,8 @@ from torch import Tensor
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.contract import DECAY_SCALE, state_dtype
 from rwkv7.wkv7.registry import backend_names, get_backend
-from rwkv7.wkv7.tolerance import compare
+from rwkv7.wkv7.tolerance import GRADIENTS, compare
 
-NAMES = ("dr", "dw", "dk", "dv", "da", "db", "dstate")
 STATES = ("none", "zero", "random")
 THROUGH = ("y", "state", "both")  # what the loss reads
 LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 200, 1000)
@@ -105,7 +104,7 @@ def evaluate(
     chosen = seeds.values() if case.through == "both" else [seeds[case.through]]
     outputs, grads = zip(*((out, seed.to(out.dtype)) for out, seed in chosen), strict=True)
     found = torch.autograd.grad(outputs, given, grads, materialize_grads=True)
-    return {"y": y.detach(), "state": state.detach(), **dict(zip(NAMES, found, strict=False))}
+    return {"y": y.detach(), "state": state.detach(), **dict(zip(GRADIENTS, found, strict=False))}
 
 
 def failures(case: Case, backend: str, dtype: torch.dtype) -> dict[str, str]:

@@ -41,8 +41,7 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's recurrence over a batch of sequences, with the state explicit.
 
-    Per head, with the state S a V x K matrix (rows: value channels, columns: key channels) and
-    d the decay that `w` stands for:
+    Per head, S the state [V, K] and d the decay that `w` stands for:
 
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ          y_t = S_t r_t
 
@@ -62,8 +61,8 @@ def wkv7(
         decay: what w is. "logit": RWKV-7's decay pre-activation, d = exp(-e^(-1/2) sigmoid(w)).
             "log_bounded": the log decay, -e^(-1/2) ≤ w ≤ 0 within rounding. "log": any log
             decay ≤ 0, -inf (forget all) included.
-        cu_seqlens: for packed sequences (then B = 1), offsets [S + 1], int32 or int64, from 0 to
-            T, never falling; a sequence may be empty.
+        cu_seqlens: packed sequences (B = 1): rising offsets, [S + 1], int32 or int64, 0 to T; equal
+            neighbours are an empty sequence.
         backend: a name, or None for the first that accepts the call (see `explain`). A named
             backend that cannot run the call raises; it never falls back to another.
 
@@ -77,18 +76,16 @@ def wkv7(
             CPU (elsewhere inside `rwkv7.checks()`) also NaN and values out of range.
 
     Under torch.autocast r, k, v, a, b are cast to the autocast dtype and w is left as it is.
-    Derivatives are first order and reverse mode; anything else raises. A token that is not finite
-    may spoil its own sequence, earlier tokens included, and never another one.
-    Source: RWKV-7 "Goose", arXiv:2503.14456, section 3.
+    Derivatives are first order, reverse mode. A token that is not finite may spoil all of its own
+    sequence, never another. Source: arXiv:2503.14456, section 3.
     """
     r, k, v, a, b = _autocast(r, k, v, a, b)
     check_call(Call(r, w, k, v, a, b, state, decay, cu_seqlens))
     check_backend_name(backend)
-    _refuse_forward_mode(r, w, k, v, a, b, state)
-    given = (r, w, k, v, a, b) if state is None else (r, w, k, v, a, b, state)
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    options = decay, cu_seqlens, backend, save, invariance_wanted()
-    y, final, _ = _forward(r, w, k, v, a, b, state, *options)
+    given = (r, w, k, v, a, b, state)
+    _refuse_forward_mode(*given)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    y, final, _ = _forward(*given, decay, cu_seqlens, backend, save, invariance_wanted())
     return y, final
 
 
