@@ -50,7 +50,8 @@ test: $(READY)
 # A GPU machine has its own build of torch, so this one sets nothing up.
 test-gpu:
 	@echo "==> Tests marked gpu, with $$($(PYTHON) --version)"
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu --durations 8
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu -n $(TEST_JOBS) --maxprocesses 8 \
+	    --timeout 300 --durations 8
 
 check: $(READY)
 	@echo "==> Linter, formatter, type checker"

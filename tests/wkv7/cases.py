@@ -6,18 +6,21 @@ the oracle, the recurrence in fp64, see the same numbers.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from rwkv7.wkv7 import wkv7
-from rwkv7.wkv7.contract import DECAY_SCALE, state_dtype
+from rwkv7.wkv7.contract import DECAY_SCALE, Call, state_dtype
 from rwkv7.wkv7.registry import backend_names, get_backend
 from rwkv7.wkv7.tolerance import GRADIENTS, compare
 
 STATES = ("none", "zero", "random")
 THROUGH = ("y", "state", "both")  # what the loss reads
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 2, 15, 16, 17, 63, 64, 65, 200, 1000)
 PACKED = (0, 1, 1, 34, 34, 35, 100, 164, 164)  # empty and one-token sequences among others
 
@@ -43,13 +46,39 @@ class Case:
         return f"{self.values}-{self.decay}-{sizes}{packed}-{self.state}-{self.through}"
 
 
-def backends() -> list[str]:
-    """Every backend of the table that can run a plain call on this machine."""
-    from rwkv7.wkv7.contract import Call
+@dataclass(frozen=True)
+class Place:
+    """A backend, and the device that it is tested on."""
 
-    x = torch.zeros(1, 1, 1, 16)
+    backend: str
+    device: str = "cpu"
+
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtypes of inputs that the backend takes there."""
+        return [dtype for dtype in DTYPES if _accepts(self.backend, self.device, dtype)]
+
+
+def places() -> list:
+    """Every backend on the CPU that runs there, and on a GPU (marked so) every one that is fast.
+
+    The oracle is left out on the GPU: it is plain torch, and a launch for every token.
+    """
+    cpu = [name for name in backend_names() if _accepts(name, "cpu", torch.float32)]
+    fast = [name for name in backend_names() if name != "reference"]
+    return [pytest.param(Place(name), id=name) for name in cpu] + [
+        pytest.param(Place(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in fast
+    ]
+
+
+def devices() -> list:
+    """The CPU, and a GPU (marked so)."""
+    return ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _accepts(backend: str, device: str, dtype: torch.dtype) -> bool:
+    x = torch.zeros(1, 1, 1, 16, dtype=dtype, device=device)
     call = Call(x, x, x, x, x, x, None, "logit", None)
-    return [name for name in backend_names() if get_backend(name).refuses(call) is None]
+    return get_backend(backend).refuses(call) is None
 
 
 def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -88,29 +117,35 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
 
 
 def evaluate(
-    case: Case, inputs: list[Tensor], backend: str, dtype: torch.dtype
+    case: Case, inputs: list[Tensor], place: Place, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """y, the final state and every gradient of the case, computed in `dtype` by `backend`."""
-    arithmetic = state_dtype(dtype)
-    cast = [x.to(dtype) for x in inputs[:6]] + [inputs[6].to(arithmetic)]
+    """y, the final state and every gradient of the case, computed in `dtype` at `place`."""
+    arithmetic, device = state_dtype(dtype), place.device
+    cast = [x.to(device, dtype) for x in inputs[:6]] + [inputs[6].to(device, arithmetic)]
     leaves = [x.detach().clone().requires_grad_() for x in cast]
     given = leaves if case.state != "none" else leaves[:6]
-    offsets = None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32)
-    y, state = wkv7(*given, decay=case.decay, cu_seqlens=offsets, backend=backend)
+    offsets = None
+    if case.offsets is not None:
+        offsets = torch.tensor(case.offsets, dtype=torch.int32, device=device)
+    y, state = wkv7(*given, decay=case.decay, cu_seqlens=offsets, backend=place.backend)
     g = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(inputs[3].dtype)
     dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).float()
     seeds = {"y": (y, dy), "state": (state, dstate)}
     chosen = seeds.values() if case.through == "both" else [seeds[case.through]]
-    outputs, grads = zip(*((out, seed.to(out.dtype)) for out, seed in chosen), strict=True)
+    outputs, grads = zip(*((out, seed.to(out)) for out, seed in chosen), strict=True)
     found = torch.autograd.grad(outputs, given, grads, materialize_grads=True)
     return {"y": y.detach(), "state": state.detach(), **dict(zip(GRADIENTS, found, strict=False))}
 
 
-def failures(case: Case, backend: str, dtype: torch.dtype) -> dict[str, str]:
+@functools.lru_cache(maxsize=8)
+def exact(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The case's results by the recurrence in fp64, on the CPU, of inputs rounded to `dtype`."""
+    return evaluate(case, make_inputs(case, dtype), Place("reference"), torch.float64)
+
+
+def failures(case: Case, place: Place, dtype: torch.dtype) -> dict[str, str]:
     """What of a case is out of bounds against the recurrence in fp64; empty when all is well."""
-    inputs = make_inputs(case, dtype)
-    found = evaluate(case, inputs, backend, dtype)
-    reference = evaluate(case, inputs, "reference", torch.float64)
-    measures = compare(found, reference, dtype)
+    found = evaluate(case, make_inputs(case, dtype), place, dtype)
+    measures = compare(found, exact(case, dtype), dtype)
     return {n: f"{m.error:.2e} > {m.bound:.0e}" for n, m in measures.items() if not m.ok}

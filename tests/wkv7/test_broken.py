@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from wkv7.cases import Case, failures
+from wkv7.cases import Case, Place, failures
 
 from rwkv7.wkv7.backends.chunked import ChunkedBackend
 from rwkv7.wkv7.contract import Call
 from rwkv7.wkv7.tolerance import GRADIENTS
 
+TORCH = Place("torch")
 CASE = Case(T=40)  # K = V: a square state hides a transpose from every shape check
 
 
@@ -22,7 +23,7 @@ def _spoil_forward(monkeypatch: pytest.MonkeyPatch, change) -> None:
 
 
 def test_sound_before_it_is_broken() -> None:
-    assert not failures(CASE, "torch", torch.float32)
+    assert not failures(CASE, TORCH, torch.float32)
 
 
 def test_a_transposed_state_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,19 +31,19 @@ def test_a_transposed_state_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return call if call.state is None else replace(call, state=call.state.mT)
 
     _spoil_forward(monkeypatch, transpose)
-    assert {"y", "state"} <= failures(CASE, "torch", torch.bfloat16).keys()
+    assert {"y", "state"} <= failures(CASE, TORCH, torch.bfloat16).keys()
     # Without a state to transpose nothing shows, which is how the mistake survives elsewhere.
-    assert not failures(replace(CASE, state="none"), "torch", torch.bfloat16)
+    assert not failures(replace(CASE, state="none"), TORCH, torch.bfloat16)
 
 
 def test_a_and_b_swapped_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil_forward(monkeypatch, lambda call: replace(call, a=call.b, b=call.a))
-    assert {"y", "state"} <= failures(CASE, "torch", torch.bfloat16).keys()
+    assert {"y", "state"} <= failures(CASE, TORCH, torch.bfloat16).keys()
 
 
 def test_a_decay_one_token_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil_forward(monkeypatch, lambda call: replace(call, w=call.w.roll(1, 1)))
-    assert {"y", "state"} <= failures(CASE, "torch", torch.bfloat16).keys()
+    assert {"y", "state"} <= failures(CASE, TORCH, torch.bfloat16).keys()
 
 
 @pytest.mark.parametrize("which", range(7))
@@ -55,4 +56,4 @@ def test_a_dropped_gradient_is_seen(monkeypatch: pytest.MonkeyPatch, which: int)
         return tuple(grads)
 
     monkeypatch.setattr(ChunkedBackend, "backward", drop)
-    assert GRADIENTS[which] in failures(CASE, "torch", torch.bfloat16)
+    assert GRADIENTS[which] in failures(CASE, TORCH, torch.bfloat16)

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from wkv7.cases import PACKED, Case, backends, make_inputs
+from wkv7.cases import PACKED, Case, Place, devices, make_inputs, places
 
 import rwkv7
 from rwkv7 import explain, wkv7, wkv7_step_
 from rwkv7.wkv7.registry import get_backend
 
 
-def leaves(dtype: torch.dtype = torch.float32, **sizes: object) -> list[torch.Tensor]:
-    return [x.requires_grad_() for x in make_inputs(Case(T=20, **sizes), dtype)]  # type: ignore[arg-type]
+def leaves(device: str = "cpu") -> list[torch.Tensor]:
+    return [x.to(device).requires_grad_() for x in make_inputs(Case(T=20), torch.float32)]
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(backend: str) -> None:
     inputs = [x.requires_grad_() for x in make_inputs(Case(T=3, K=3, V=2, B=1), torch.float64)]
     assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend=backend), inputs)
@@ -21,30 +21,32 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", backends())
-def test_opcheck(backend: str, packed: bool, save: bool) -> None:
+@pytest.mark.parametrize("place", places())
+def test_opcheck(place: Place, packed: bool, save: bool) -> None:
     case = Case(T=20, offsets=PACKED if packed else None)
-    inputs = [x.requires_grad_(save) for x in make_inputs(case, torch.float32)]
-    offsets = torch.tensor(PACKED) if packed else None
+    drawn = make_inputs(case, torch.float32)
+    inputs = [x.to(place.device).requires_grad_(save) for x in drawn]
+    offsets = torch.tensor(PACKED, device=place.device) if packed else None
     torch.library.opcheck(
-        torch.ops.rwkv7.wkv7.default, (*inputs, "logit", offsets, backend, save, False)
+        torch.ops.rwkv7.wkv7.default, (*inputs, "logit", offsets, place.backend, save, False)
     )
 
 
-def test_opcheck_of_a_step() -> None:
-    inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
-    pool = torch.randn(5, 2, 16, 16)
-    slots = torch.tensor([3, -1])
+@pytest.mark.parametrize("device", devices())
+def test_opcheck_of_a_step(device: str) -> None:
+    inputs = [x[:, 0].to(device) for x in make_inputs(Case(T=1), torch.float32)[:6]]
+    pool = torch.randn(5, 2, 16, 16, device=device)
+    slots = torch.tensor([3, -1], device=device)
     torch.library.opcheck(torch.ops.rwkv7.wkv7_step_.default, (*inputs, pool, "logit", slots))
 
 
-@pytest.mark.parametrize("backend", [None, *backends()])
-def test_compiles_into_one_graph(backend: str | None) -> None:
-    inputs = leaves()
+@pytest.mark.parametrize("place", places())
+def test_compiles_into_one_graph(place: Place) -> None:
+    inputs = leaves(place.device)
 
     def loss(*x: torch.Tensor) -> torch.Tensor:
         with rwkv7.batch_invariant():
-            y, state = wkv7(*x, backend=backend)
+            y, state = wkv7(*x, backend=place.backend)
         return (y**2).sum() + state.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -97,12 +99,13 @@ def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         wkv7(*inputs, backend="cudnn")
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_steps_equal_the_sequence(dtype: torch.dtype) -> None:
-    *inputs, state = make_inputs(Case(T=9, V=24), dtype)
+def test_steps_equal_the_sequence(dtype: torch.dtype, device: str) -> None:
+    *inputs, state = (x.to(device) for x in make_inputs(Case(T=9, V=24), dtype))
     y, final = wkv7(*inputs, state)
-    pool = torch.randn(5, 2, 24, 16, dtype=state.dtype)
-    slots = torch.tensor([4, 1])
+    pool = torch.randn(5, 2, 24, 16, dtype=state.dtype, device=device)
+    slots = torch.tensor([4, 1], device=device)
     pool[slots] = state
     others = pool[[0, 2, 3]].clone()
     for t in range(9):
@@ -112,10 +115,35 @@ def test_steps_equal_the_sequence(dtype: torch.dtype) -> None:
     assert torch.equal(pool[[0, 2, 3]], others)
 
 
-def test_a_skipped_slot_changes_nothing() -> None:
-    inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
-    pool = torch.randn(3, 2, 16, 16)
+@pytest.mark.parametrize("device", devices())
+def test_a_skipped_slot_changes_nothing(device: str) -> None:
+    inputs = [x[:, 0].to(device) for x in make_inputs(Case(T=1), torch.float32)[:6]]
+    pool = torch.randn(3, 2, 16, 16, device=device)
     before = pool.clone()
-    y = wkv7_step_(*inputs, pool, slots=torch.tensor([-1, 2]))
+    y = wkv7_step_(*inputs, pool, slots=torch.tensor([-1, 2], device=device))
     assert torch.equal(pool[:2], before[:2]) and not torch.equal(pool[2], before[2])
     assert not y[0].any() and y[1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 16, 4096])
+def test_steps_in_a_cuda_graph(B: int) -> None:
+    """A captured step, replayed with other inputs, states and slots, is the step itself."""
+    first, second = (
+        [x[:, 0].cuda() for x in make_inputs(Case(T=1, B=B, K=64, V=64), torch.bfloat16, seed)[:6]]
+        for seed in (0, 1)
+    )
+    pool = torch.randn(B + 1, 2, 64, 64, device="cuda")
+    before, slots = pool.clone(), torch.arange(B, device="cuda")
+    wkv7_step_(*first, pool, slots=slots)  # compiled outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = wkv7_step_(*first, pool, slots=slots)
+    for static, new in zip(first, second, strict=True):
+        static.copy_(new)
+    pool.copy_(before)
+    slots.copy_(torch.arange(B, 0, -1))
+    graph.replay()
+    expected = before.clone()
+    step = wkv7_step_(*second, expected, slots=slots)
+    assert torch.equal(y, step) and torch.equal(pool, expected)
