@@ -13,6 +13,8 @@ import torch
 from rwkv7.wkv7 import explain, wkv7, wkv7_step_
 from rwkv7.wkv7.contract import log_decay
 
+if torch.cuda.is_available():
+    pytest.skip("the kernels are tested on the GPU itself", allow_module_level=True)
 # Triton decides when it is imported, and again for each kernel, whether to interpret.
 with pytest.MonkeyPatch.context() as _early:
     _early.setenv("TRITON_INTERPRET", "1")
@@ -21,8 +23,6 @@ with pytest.MonkeyPatch.context() as _early:
         importlib.import_module(f"rwkv7.wkv7.backends.triton.kernels.{_name}")
 if type(triton.language.sum).__name__ != "InterpretedFunction":
     pytest.skip("triton was imported before, to compile", allow_module_level=True)
-if torch.cuda.is_available():
-    pytest.skip("the kernels are tested on the GPU itself", allow_module_level=True)
 
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 

@@ -25,6 +25,11 @@ from .step import wkv7_step_
 
 __all__ = ["batch_invariant", "checks", "explain", "wkv7", "wkv7_step_"]
 
+# Asked once: torch.compile cannot trace the question in every version.
+_AUTOCAST_DEVICES = {
+    name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
+}
+
 
 def wkv7(
     r: Tensor,  # [B, T, H, K]
@@ -116,7 +121,7 @@ def explain(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
