@@ -49,9 +49,9 @@ def find_text(paths: Sequence[Path], exclude: Path | None = None) -> Text:
 
     Files whose names end in .jsonl, .ndjson, .parquet or .arrow hold records, all others plain
     text. In a folder, files and folders whose names begin with a dot, everything below `exclude`
-    and files that are neither (a NUL in the first 8 KiB) are left out. A file named outright is
-    always taken, UTF-8 or not. One PREFIX of a pair PREFIX.bin and PREFIX.idx may be named instead.
-    Nothing is written.
+    and files that are neither (a NUL in the first 8 KiB, a tokenized corpus) are left out. A file
+    named outright is always taken, UTF-8 or not. The PREFIX of one pair PREFIX.bin and PREFIX.idx
+    may be named instead. Nothing is written.
 
     Raises ValueError for a path that does not exist or cannot be read, and for text of no bytes.
     """
@@ -71,7 +71,8 @@ def find_text(paths: Sequence[Path], exclude: Path | None = None) -> Text:
         inside = path.is_dir()
         for file in sorted(_files_below(path, exclude)) if inside else [path]:
             start = _first_bytes(file)
-            if inside and b"\0" in start and not record_reader(file):
+            foreign = b"\0" in start and not record_reader(file)
+            if inside and (foreign or _corpus(file)):
                 skipped += 1
                 continue
             files.append(file)
