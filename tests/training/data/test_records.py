@@ -137,6 +137,21 @@ def test_bad_rows_and_damaged_tables(tmp_path: Path) -> None:
                 documents(cut)
 
 
+def test_rows_are_counted_through_the_whole_file(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [None if n in (0, 300, 599) else "x" for n in range(600)]
+    table = arrow.table({"text": rows})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=290)
+    with arrow.ipc.new_stream(tmp_path / "s.arrow", table.schema) as stream:
+        stream.write_table(table, 100)
+    for name in ("t.parquet", "s.arrow"):
+        bad = BadRecords("skip")
+        assert len(documents(tmp_path / name, bad=bad)) == 597
+        assert [name.split(": ")[1] for name in bad.named] == ["row 0", "row 300", "row 599"]
+
+
 def test_a_damaged_row_group_costs_only_itself(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -147,17 +147,17 @@ def _batches(
             return
         if column is None:
             return
-        for row, value in enumerate(column, row):  # noqa: B020 (goes on counting where it stood)
+        for number, value in enumerate(column, row):
             try:
                 text = value.as_py()
                 if text is None:
                     raise ValueError(f"{key!r}: expected text, found nothing")
                 text.decode("utf-8")
             except ValueError as error:
-                bad.add(path, f"row {row}", str(error))
+                bad.add(path, f"row {number}", str(error))
             else:
                 yield io.BytesIO(text), len(text)
-        row += 1 if len(column) else 0
+        row += len(column)
 
 
 def _binary(column: Any, arrow: Any) -> Any:
