@@ -23,8 +23,10 @@ from rwkv7.training import (
     resume_training,
     train_model,
 )
+from rwkv7.training.batch import Batch
 from rwkv7.training.log import StepRecord, read_log
 from rwkv7.training.report import Report
+from rwkv7.training.sources import Windows
 
 CPU = "cpu"
 
@@ -247,14 +249,14 @@ def test_held_out_text_is_never_trained_on(
     path = tmp_path / "text.txt"
     path.write_bytes(b"a" * 300 + b"Z" * 200)
     seen = set()
-    real = loop.Windows.batch
+    real = Windows.batch
 
-    def spy(self: loop.Windows, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(self: Windows, step: int) -> Batch:
         batch = real(self, step)
-        seen.update(np.unique(torch.cat(batch).numpy()).tolist())
+        seen.update(np.unique(torch.cat((batch.inputs, batch.targets)).numpy()).tolist())
         return batch
 
-    monkeypatch.setattr(loop.Windows, "batch", spy)
+    monkeypatch.setattr(Windows, "batch", spy)
     train_model(dataclasses.replace(settings, steps=30), [path], tmp_path / "run", device=CPU)
     assert seen == {ord("a")}
 

@@ -1,6 +1,7 @@
 """The command `rwkv7`: which verbs there are, and how mistakes end.
 
-A verb is one file here, holding one function of its name; it is imported when it is asked for.
+A verb is one file here, holding one function of its name (or, for a verb of several, a dictionary
+of them); it is imported when it is asked for.
 What a verb does is the library's affair: these files read arguments and show results.
 """
 
@@ -24,6 +25,7 @@ __all__ = ["main"]
 _VERBS = {
     "demo": "The whole story in minutes: verify, train, generate, save, go on.",
     "verify": "Check every backend here against the recurrence in float64.",
+    "data": "Tokenize text into a corpus, or look into one.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
     "bench": "Time the operator's backends side by side.",
@@ -71,8 +73,13 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
 
     for verb, line in _VERBS.items():
         if verb == wanted and _exists(verb):
-            function = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
-            app.command(verb)(_ending_well(function, lambda: developer))
+            found = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
+            functions, inside = {verb: found}, app
+            if isinstance(found, dict):
+                functions, inside = found, typer.Typer(no_args_is_help=True)
+                app.add_typer(inside, name=verb, help=line)
+            for name, function in functions.items():
+                inside.command(name)(_ending_well(function, lambda: developer))
         elif _exists(verb):
             app.command(verb, help=line)(_unused)
     return app

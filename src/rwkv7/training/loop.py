@@ -29,7 +29,7 @@ from .loss import next_token_loss
 from .optim import learning_rate, set_learning_rate
 from .report import Report
 from .settings import TrainSettings
-from .windows import Windows
+from .sources import make_source
 
 __all__ = ["OnStep", "Run", "TrainResult", "TrainingDivergedError"]
 
@@ -67,9 +67,7 @@ class Run:
         self.out, self.settings, self.data = out, settings, data
         self.model, self.optimizer, self.step, self.saved = model, optimizer, step, step
         self.tokenizer = get_tokenizer(settings.tokenizer)
-        self.windows = Windows(
-            data.train, window=settings.window, batch=settings.batch, seed=settings.seed
-        )
+        self.source = make_source(data.documents, settings)
         self.device = model.emb.weight.device
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
@@ -102,14 +100,14 @@ class Run:
 
     def _train_step(self) -> StepRecord:
         started, settings = time.perf_counter(), self.settings
-        inputs, targets = (x.to(self.device) for x in self.windows.batch(self.step))
+        batch = self.source.batch(self.step).to(self.device)
         rate = learning_rate(settings, self.step)
         set_learning_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self._precision():
-            features, _ = self.model.hidden(inputs)
-            loss = next_token_loss(self.model.head, features, targets)
+            features, _ = self.model.hidden(batch.inputs, cu_seqlens=batch.cu_seqlens)
+            loss = next_token_loss(self.model.head, features, batch.targets)
         loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
@@ -127,7 +125,7 @@ class Run:
             bits_per_byte=nats * self.bits_of_a_nat,
             lr=rate,
             grad_norm=size,
-            tokens=inputs.numel(),
+            tokens=batch.inputs.numel(),
             seconds=time.perf_counter() - started,
         )
 

@@ -16,6 +16,7 @@ __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings"]
 # Changing these changes what is saved or measured, never a parameter of the model.
 FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens")
 DTYPES = ("auto", "fp32", "bf16")
+ORDERS = ("shuffled", "official")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -37,6 +38,10 @@ class TrainSettings:
     tokenizer: str = _option("byte", 'tokenizer: "byte", or "world" (needs the extra "world")')
     batch: int = _option(16, "windows in a step")
     window: int = _option(512, "tokens in a window")
+    order: str = _option(
+        "shuffled", 'of the windows: "shuffled", or "official" (RWKV-LM\'s, the same every epoch)'
+    )
+    pack: bool = _option(False, "documents apart: no state or token shift leaks into the next one")
     lr: float = _option(1e-3, "highest learning rate")
     lr_final: float = _option(1e-4, "learning rate that the last steps come down to")
     warmup: int = _option(10, "steps over which the learning rate rises")
@@ -67,6 +72,7 @@ class TrainSettings:
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
+        self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
