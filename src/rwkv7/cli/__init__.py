@@ -26,6 +26,8 @@ _VERBS = {
     "verify": "Check every backend here against the recurrence in float64.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
+    "convert": "Write a checkpoint in another format, bit for bit.",
+    "inspect": "Say what a checkpoint, a state or another file is.",
     "bench": "Time the operator's backends side by side.",
     "doctor": "Say what this machine can run.",
 }

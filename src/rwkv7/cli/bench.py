@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from rwkv7.benchmark import Shape
 
-_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 def bench(
     shape: Annotated[
@@ -84,12 +82,11 @@ def _write_text(path: Path, text: str) -> None:
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
+    from rwkv7.machine import dtype_called
+
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, found {name!r}")
-    found: torch.dtype = getattr(torch, _DTYPES[name])
-    return found
+    return dtype_called(name)
 
 
 def _run(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

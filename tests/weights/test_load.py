@@ -1,4 +1,4 @@
-"""Checkpoints: official names and shapes both ways, and what is refused, in which words."""
+"""Checkpoints in official names: read, written, and refused in which words."""
 
 import errno
 import os
@@ -75,11 +75,14 @@ def test_official_names_and_shapes(tensors):
     assert shapes == expected
 
 
-def test_takes_the_files_that_there_are(tmp_path, tensors):
-    """Without block 0's unused value residual, squeezed, with a trainer's prefix, reordered."""
+@pytest.mark.parametrize(
+    "prefix", ["", "_forward_module.", "module.", "model.", "_orig_mod.module.model."]
+)
+def test_takes_the_files_that_there_are(tmp_path, tensors, prefix):
+    """Without block 0's unused value residual, squeezed, with trainers' prefixes, reordered."""
     expected = load_model(tmp_path / "source.pth")
     variant = {
-        f"_forward_module.{name}": x.squeeze()
+        f"{prefix}{name}": x.squeeze()
         for name, x in reversed(tensors.items())
         if not name.startswith("blocks.0.att.v") or name.endswith("weight")
     }
@@ -94,19 +97,8 @@ def test_ranks_come_from_the_tensors(tensors):
     assert config_from_tensors(tensors) == SMALL
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("blocks.0.att.time_decay", "RWKV-4, 5 or 6"),
-        ("blocks.0.att.time_maa_x", "RWKV-6"),
-        ("blocks.0.ffn.s_emb.weight", "RWKV-7a"),
-        ("blocks.0.qkv.qq.weight", "RWKV-7b"),
-        ("blocks.0.ffn.enn.weight", "RWKV-8"),
-        ("blocks.0.att.x_z", "blocks.0.att.x_z: unknown"),
-    ],
-)
-def test_refuses_foreign_versions(tmp_path, tensors, name, says):
-    refused({**tensors, name: torch.zeros(1)}, tmp_path / "m.pth", says)
+def test_refuses_an_unknown_name(tmp_path, tensors):
+    refused({**tensors, "blocks.0.att.x_z": torch.zeros(1)}, tmp_path / "m.pth", "x_z: unknown")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +181,7 @@ def test_folder_of_a_run(tmp_path):
 
 
 def test_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"expected model.safetensors or .*found neither"):
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, .*found none"):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_model(tmp_path / "none.pth")
@@ -200,7 +192,7 @@ def test_metadata_and_suffixes(tmp_path):
     save_model(model, tmp_path / "m.safetensors", {"step": "12"})
     with pytest.raises(ValueError, match="holds none"):
         save_model(model, tmp_path / "m.pth", {"step": "12"})
-    with pytest.raises(ValueError, match=r"\.safetensors or \.pth, found m\.bin"):
+    with pytest.raises(ValueError, match=r"\.safetensors or \.pth, or .*, found m\.bin"):
         save_model(model, tmp_path / "m.bin")
     assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
     assert len(load_file(tmp_path / "m.safetensors")) > 0
