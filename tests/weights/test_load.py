@@ -1,8 +1,12 @@
 """Checkpoints in official names: read, written, and refused in which words."""
 
 import errno
+import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from rwkv7 import RWKV7, ModelConfig, load_model, save_model
 from rwkv7.weights import config_from_tensors
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "loading.py"
 ONE_LAYER = ModelConfig.from_dict({**SMALL.to_dict(), "layers": 1, "value_rank": 32})
 
 
@@ -262,3 +267,13 @@ def test_device_and_dtype_are_checked_before_the_file(tmp_path, given, says):
 def test_tensors_of_another_kind_are_refused_by_name(tensors, tmp_path, change):
     tensors["blocks.1.att.key.weight"] = change(tensors["blocks.1.att.key.weight"])
     refused(tensors, tmp_path / "m.pth", r"blocks\.1\.att\.key\.weight: expected a dense tensor")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process")
+def test_loading_takes_one_copy_of_the_file():
+    """The benchmark's own measure, on a file of 118 MB; mapped pages count."""
+    sizes = ["--preset", "0.1b", "--layers", "8", "--vocabulary", "1024"]
+    program = [sys.executable, str(BENCHMARK), *sizes, "--form", "pth", "folder"]
+    result = subprocess.run(program, check=True, capture_output=True, text=True)
+    for line in result.stdout.splitlines():
+        assert 1 <= json.loads(line)["copies"] < 1.15, line

@@ -16,7 +16,7 @@ from rwkv7.nn import RWKV7
 from .official import DTYPES, names_of_dtypes
 from .source import Weights, all_finite, open_weights
 
-_PIECE = 32 << 20  # bytes read before their pages are given back; more for very large files
+_PIECE = 8 << 20  # bytes read before their pages are given back; more for very large files
 
 
 def load_model(
