@@ -13,6 +13,7 @@ from rich.text import Text
 _EXTRAS = {
     "triton": "GPU kernels (comes with torch where there are any)",
     "pyrwkv-tokenizer": "the World tokenizer: pip install 'rwkv7[world]'",
+    "tokenizers": "tokenizer.json files: pip install 'rwkv7[tokenizers]'",
     "rwkv": "verify --against rwkv: pip install 'rwkv7[peers]'",
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",
 }
