@@ -13,7 +13,7 @@ from source.reading import SOURCE, imports, inside, modules
 MODULES = modules()
 OPERATOR = "rwkv7.wkv7"
 BACKENDS = "rwkv7.wkv7.backends"
-TEXT = ("rwkv7.tokenizer", "rwkv7.demo_text", "rwkv7.baselines")
+TEXT = ("rwkv7.tokenizer", "rwkv7.tokenizer_file", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
 TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate")
 

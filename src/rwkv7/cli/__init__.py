@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-__all__ = ["main"]
+__all__ = ["main", "printable"]
 
 # Each verb's file and function bear its name; a verb whose file is missing is not listed.
 _VERBS = {
@@ -28,6 +28,8 @@ _VERBS = {
     "data": "Tokenize text into a corpus, or look into one.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
+    "convert": "Write a checkpoint in another format, bit for bit.",
+    "inspect": "Say what a checkpoint, a state or another file is.",
     "bench": "Time the operator's backends side by side.",
     "doctor": "Say what this machine can run.",
 }
@@ -45,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _app(given)(args=given, prog_name="rwkv7")
+
+
+def printable(text: str) -> str:
+    """`text` without what could move a terminal's cursor: files name their tensors as they like."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _app(arguments: Sequence[str]) -> typer.Typer:
@@ -125,4 +132,4 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__

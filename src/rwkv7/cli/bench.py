@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from rwkv7.benchmark import Shape, Subject
 
-_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _PROFILED = 12  # kernels shown of a profile; all are kept
 
 _WIDTH = 150
@@ -103,12 +102,11 @@ def _make_tables(document: Path, folder: Path) -> None:
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
+    from rwkv7.machine import dtype_called
+
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, found {name!r}")
-    found: torch.dtype = getattr(torch, _DTYPES[name])
-    return found
+    return dtype_called(name)
 
 
 def _plan(work: str, shapes: list[str], device: torch.device, against: bool) -> Plan:
