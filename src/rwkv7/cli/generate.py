@@ -8,36 +8,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rwkv7.files import check_destination
 from rwkv7.generate import Session
-from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import StreamDecoder, Tokenizer, get_tokenizer
+
+from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
 
 
+@with_sampler_options
 def generate(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="How many tokens at most.")] = 256,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the likeliest token. Default 1.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from the k likeliest tokens. Default 0: from all.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw from the likeliest that together reach p. Default 1."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
     state_in: Annotated[
         Path | None, typer.Option(help="Go on from a session; --prompt is appended to it.")
     ] = None,
@@ -47,29 +38,24 @@ def generate(
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
     ] = None,
+    options: SamplerOptions = NOTHING_GIVEN,
 ) -> None:
     """Continue a text with a trained model.
 
-    The text goes to stdout as it comes and everything else to stderr. The likeliest tokens are
-    chosen as RWKV does it: top-p first, then top-k, then temperature on what is left. A session
+    The text goes to stdout as it comes and everything else to stderr. A session
     saved with --state-out and continued with --state-in gives the text that one longer run would
     have given, wherever it was cut; it keeps its settings, which the options above replace.
     """
     if state_out is not None:
         check_destination(state_out)
-    sampler = Sampler(
-        1.0 if temperature is None else temperature,
-        0 if top_k is None else top_k,
-        1.0 if top_p is None else top_p,
-        seed,
-    )
+    options.sampler()  # a setting out of range is said before the model is read
     network = _load(model, device)
     tokenizer = _tokenizer_of(network.config.vocab_size)
-    session = Session(sampler)
-    if state_in is not None:
+    if state_in is None:
+        session = Session(options.sampler(tokenizer))
+    else:
         session = Session.load(state_in, network)
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        session.sampler = _replaced(session.sampler, given)
+        session.sampler = options.sampler(tokenizer, session.sampler)
     decoder = StreamDecoder(tokenizer, session.pending)
     _read(network, session, prompt, tokenizer, decoder)
     stopped = _write(network, session, tokens, tokenizer, decoder, final=state_out is None)
@@ -101,14 +87,6 @@ def _tokenizer_of(vocab_size: int) -> Tokenizer:
         known = ", ".join(f"{size} ({name})" for size, name in names.items())
         raise ValueError(f"MODEL: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
     return get_tokenizer(names[vocab_size])
-
-
-def _replaced(sampler: Sampler, given: dict[str, Any]) -> Sampler:
-    """The session's sampler with the settings that were given; a new seed starts its draws."""
-    state = sampler.state_dict()
-    if given["seed"] is not None:
-        state["draws"] = 0
-    return Sampler.from_state_dict(state | {k: x for k, x in given.items() if x is not None})
 
 
 def _read(
