@@ -15,7 +15,7 @@ OPERATOR = "rwkv7.wkv7"
 BACKENDS = "rwkv7.wkv7.backends"
 TEXT = ("rwkv7.tokenizer", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
-TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate")
+TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.chat")
 
 EDGES = [
     (name, target)

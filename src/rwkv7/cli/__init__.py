@@ -28,6 +28,7 @@ _VERBS = {
     "data": "Tokenize text into a corpus, or look into one.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
+    "chat": "Talk with a trained model.",
     "bench": "Time the operator's backends side by side.",
     "doctor": "Say what this machine can run.",
 }

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +10,10 @@ import typer
 
 from rwkv7.files import check_destination
 from rwkv7.generate import Session
-from rwkv7.tokenizer import StreamDecoder, Tokenizer, get_tokenizer
+from rwkv7.tokenizer import StreamDecoder, Tokenizer
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
+from .terminal import asked_to_stop, read_model, say, show_whatever_comes, tokenizer_of
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
@@ -49,8 +46,8 @@ def generate(
     if state_out is not None:
         check_destination(state_out)
     options.sampler()  # a setting out of range is said before the model is read
-    network = _load(model, device)
-    tokenizer = _tokenizer_of(network.config.vocab_size)
+    network = read_model(model, device)
+    tokenizer = tokenizer_of(network.config.vocab_size)
     if state_in is None:
         session = Session(options.sampler(tokenizer))
     else:
@@ -62,31 +59,9 @@ def generate(
     if state_out is not None:
         session.pending = decoder.pending
         session.save(state_out, network)
-        _say(f"session saved to {state_out}")
+        say(f"session saved to {state_out}")
     if stopped:
         raise KeyboardInterrupt
-
-
-def _load(path: Path, device: str | None) -> RWKV7:
-    from rwkv7.machine import device_called
-    from rwkv7.weights import load_model
-
-    start = time.perf_counter()
-    network = load_model(path, device=device_called(device)).eval()
-    sizes = network.config
-    _say(
-        f"{path}: {sizes.layers} layers, width {sizes.width}, on {network.device} "
-        f"({time.perf_counter() - start:.1f} s)"
-    )
-    return network
-
-
-def _tokenizer_of(vocab_size: int) -> Tokenizer:
-    names = {256: "byte", 65536: "world"}
-    if vocab_size not in names:
-        known = ", ".join(f"{size} ({name})" for size, name in names.items())
-        raise ValueError(f"MODEL: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
-    return get_tokenizer(names[vocab_size])
 
 
 def _read(
@@ -114,12 +89,10 @@ def _write(
     """Stream the text; whether Ctrl-C stopped it, which it does between two tokens."""
     stop = () if tokenizer.end_of_document is None else (tokenizer.end_of_document,)
     if session.ended:
-        _say("the text had ended; give --prompt to go on after it")
+        say("the text had ended; give --prompt to go on after it")
     count, start = 0, time.perf_counter()
-    if hasattr(sys.stdout, "reconfigure"):
-        # A terminal that cannot show a character gets a question mark, not an error.
-        sys.stdout.reconfigure(errors="replace")
-    with _asked_to_stop() as asked:
+    show_whatever_comes()
+    with asked_to_stop() as asked:
         for token in session.run(network, tokens, stop):
             count += 1
             print(decoder.feed(token), end="", flush=True)
@@ -128,27 +101,5 @@ def _write(
         if final:
             print(decoder.flush(), end="", flush=True)
     seconds = time.perf_counter() - start
-    _say(f"\n{count} tokens, {count / seconds:.1f} a second, seed {session.sampler.seed}")
+    say(f"\n{count} tokens, {count / seconds:.1f} a second, seed {session.sampler.seed}")
     return asked()
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is only noted, so that the session stays whole; a second one interrupts."""
-    noted = False
-
-    def note(*_: object) -> None:
-        nonlocal noted
-        if noted:
-            raise KeyboardInterrupt
-        noted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

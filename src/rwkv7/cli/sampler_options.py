@@ -81,7 +81,7 @@ def with_sampler_options(verb: Callable[..., None]) -> Callable[..., None]:
     names = [field.name for field in dataclasses.fields(SamplerOptions)]
 
     @functools.wraps(verb)
-    def spread(*args: Any, **kwargs: Any) -> None:
+    def _spread(*args: Any, **kwargs: Any) -> None:
         chosen = SamplerOptions(**{name: kwargs.pop(name) for name in names})
         verb(*args, **kwargs, options=chosen)
 
@@ -97,9 +97,9 @@ def with_sampler_options(verb: Callable[..., None]) -> Callable[..., None]:
             parameters.append(
                 inspect.Parameter(name, keyword, default=None, annotation=types[name])
             )
-    spread.__annotations__ = annotations | {name: types[name] for name in names}
-    vars(spread)["__signature__"] = inspect.Signature(parameters)
-    return spread
+    _spread.__annotations__ = annotations | {name: types[name] for name in names}
+    vars(_spread)["__signature__"] = inspect.Signature(parameters)
+    return _spread
 
 
 def _uncounted(tokenizer: Tokenizer) -> list[int]:
