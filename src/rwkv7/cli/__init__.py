@@ -29,6 +29,7 @@ _VERBS = {
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
     "chat": "Talk with a trained model.",
+    "eval": "Measure a model on texts and tests in files.",
     "bench": "Time the operator's backends side by side.",
     "doctor": "Say what this machine can run.",
 }
