@@ -28,6 +28,8 @@ _VERBS = {
     "data": "Tokenize text into a corpus, or look into one.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
+    "chat": "Talk with a trained model.",
+    "eval": "Measure a model on texts and tests in files.",
     "convert": "Write a checkpoint in another format, bit for bit.",
     "inspect": "Say what a checkpoint, a state or another file is.",
     "bench": "Time the operator's backends side by side.",

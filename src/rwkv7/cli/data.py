@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from rwkv7.cli import printable
 from rwkv7.files import check_destination
 from rwkv7.tokenizer import Tokenizer, get_tokenizer
 from rwkv7.training.data import (
@@ -121,8 +122,5 @@ def _tell_bad(console: Console, bad: BadRecords, name: str) -> None:
 def _sample(corpus: Corpus, document: int, tokenizer: Tokenizer) -> str:
     ids = corpus.document(document)[:SAMPLE].tolist()
     text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
-    # Control characters of a stranger's text stay off the terminal.
-    shown = "".join(
-        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
+    shown = "\n".join(printable(line) for line in text.split("\n"))
     return f"{' '.join(map(str, ids))}\n{shown}"
