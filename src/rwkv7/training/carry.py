@@ -64,32 +64,16 @@ def batch_gradients(
         ValueError: parts, a mode or a window that do not fit the batch, or a batch that goes on
             with the one before while the state that one ended with is not given.
     """
-    rows, tokens = batch.inputs.shape
-    packed = batch.cu_seqlens is not None
+    mode, window = _in_parts(batch, mode, window, parts)
     if not batch.fresh and state is None:
         raise ValueError(
             "state: expected the one that the batch before ended with, since this batch goes on "
             "there (fresh is False), found None"
         )
-    if not 1 <= parts <= (tokens if packed else rows):
-        limit = f"{tokens} tokens of the packed row" if packed else f"{rows} rows of the batch"
-        raise ValueError(f"parts: expected 1 to the {limit}, found {parts}")
-    if mode == "off":
-        window = max(tokens, 1)
-    elif window is None:
-        raise ValueError(f"window: expected a number of tokens for the mode {mode!r}, found None")
-    if packed and parts > 1:
-        if mode == "truncated":
-            raise ValueError(
-                "parts: expected 1 for packed documents in the mode 'truncated', whose gradient "
-                f"depends on where they are cut, found {parts}; use a smaller window"
-            )
-        # Whoever cuts a document, the exact gradient goes through the cut.
-        mode, window = "exact", -(-min(window, tokens) // parts)
     if denominator is None:
         denominator = predicted(batch.targets).clamp(min=1)
     given = None if state is None else _leaf(state)
-    losses = []
+    losses, rows, packed = [], len(batch.inputs), batch.cu_seqlens is not None
     count = 1 if packed else parts
     for first, last in itertools.pairwise(rows * i // count for i in range(count + 1)):
         result = sequence_gradients(
@@ -168,6 +152,28 @@ def sequence_gradients(
         assert given is not None
         _backward(_tensors(state), [x.grad for x in _tensors(given)])
     return CarriedLoss(loss=loss, state=work.final)
+
+
+def _in_parts(batch: Batch, mode: str, window: int | None, parts: int) -> tuple[str, int]:
+    """The mode and the window with which `sequence_gradients` works through a batch's parts."""
+    rows, tokens = batch.inputs.shape
+    packed = batch.cu_seqlens is not None
+    if not 1 <= parts <= (tokens if packed else rows):
+        limit = f"{tokens} tokens of the packed row" if packed else f"{rows} rows of the batch"
+        raise ValueError(f"parts: expected 1 to the {limit}, found {parts}")
+    if mode == "off":
+        window = max(tokens, 1)
+    elif window is None:
+        raise ValueError(f"window: expected a number of tokens for the mode {mode!r}, found None")
+    if not packed or parts == 1:
+        return mode, window
+    if mode == "truncated":
+        raise ValueError(
+            "parts: expected 1 for packed documents in the mode 'truncated', whose gradient "
+            f"depends on where they are cut, found {parts}; use a smaller window"
+        )
+    # Whichever document a part's end cuts, the exact gradient goes through the cut.
+    return "exact", -(-min(window, tokens) // parts)
 
 
 @dataclass(frozen=True, slots=True)
