@@ -204,13 +204,13 @@ def test_a_second_process_is_refused(tmp_path: Path, text: Path, settings: Train
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, text: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.next_token_loss, []
+    real, calls = loop.batch_gradients, []
 
-    def poisoned(*given: object) -> torch.Tensor:
+    def poisoned(*given: object, **options: object) -> torch.Tensor:
         calls.append(given)
-        return real(*given) * (math.nan if len(calls) == 6 else 1)
+        return real(*given, **options) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(loop, "next_token_loss", poisoned)
+    monkeypatch.setattr(loop, "batch_gradients", poisoned)
     settings = dataclasses.replace(settings, save_every=2)
     with pytest.raises(TrainingDivergedError, match=r"at step 6: the loss is nan.* of step 4"):
         train_model(settings, [text], tmp_path / "run", device=CPU)

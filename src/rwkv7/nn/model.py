@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
@@ -66,7 +67,9 @@ class Block(nn.Module):
 class RWKV7(nn.Module):
     """An RWKV-7 language model, with the official checkpoints' parameter names.
 
-    A new model has the official initialisation; `load_model` gives a trained one.
+    A new model has the official initialisation; `load_model` gives a trained one. With
+    `model.checkpoint_layers = True` a backward pass computes each block again instead of keeping
+    what is in it: the same gradients in less memory and more time.
 
     Args:
         config: the sizes; kept as `model.config`.
@@ -82,6 +85,7 @@ class RWKV7(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False
         V, C = config.vocab_size, config.width
         # Made without memory first: the modules' own initialisation would be thrown away. (An
         # embedding given its weight does not begin with one.)
@@ -178,7 +182,14 @@ class RWKV7(nn.Module):
         v_first, layers = None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
-            x, v_first, layer = block(x, v_first, layer, packed, backend)
+            arguments = (x, v_first, layer, packed, backend)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                # Nothing in a block is random, so no generator's state has to be kept.
+                x, v_first, layer = checkpoint(
+                    block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, layer = block(*arguments)
             layers.append(layer)
         return self.ln_out(x), ModelState(tuple(layers))
 

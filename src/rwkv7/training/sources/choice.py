@@ -17,7 +17,8 @@ def make_source(corpus: Corpus, settings: TrainSettings) -> Source:
 
     Raises ValueError when the tokens are too few for a window, or for the order.
     """
-    sizes = {"window": settings.window, "batch": settings.batch, "seed": settings.seed}
+    row = settings.sequence or settings.window
+    sizes = {"window": row, "batch": settings.batch, "seed": settings.seed}
     if settings.pack:
         return PackedWindows(corpus, **sizes, order=settings.order)
     return Windows(corpus.tokens, **sizes, order=settings.order)
