@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-START = 60.0  # seconds for a process to import torch on a busy machine
-PATIENCE = 30.0  # seconds for one test's work
+START = 120.0  # seconds for a process to import torch on a busy machine
+PATIENCE = 120.0  # seconds for one test's work, which takes one or two
 
 
 class Ranks:

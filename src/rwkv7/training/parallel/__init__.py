@@ -1,8 +1,19 @@
 """Training on several cards, one process each: many rows at once, or one sequence in pieces."""
 
+from .cards import Cards, parallelise
 from .context import ContextParallel
 from .exchange import sum_gradients
 from .operator import wkv7_in_pieces
 from .piece import Piece, cut
+from .rows import share
 
-__all__ = ["ContextParallel", "Piece", "cut", "sum_gradients", "wkv7_in_pieces"]
+__all__ = [
+    "Cards",
+    "ContextParallel",
+    "Piece",
+    "cut",
+    "parallelise",
+    "share",
+    "sum_gradients",
+    "wkv7_in_pieces",
+]
