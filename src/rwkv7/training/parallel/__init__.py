@@ -6,13 +6,19 @@ from .exchange import sum_gradients
 from .operator import wkv7_in_pieces
 from .piece import Piece, cut
 from .rows import share
+from .shards import Shards, join_shards, load_shards, newest_shards, save_shards
 
 __all__ = [
     "Cards",
     "ContextParallel",
     "Piece",
+    "Shards",
     "cut",
+    "join_shards",
+    "load_shards",
+    "newest_shards",
     "parallelise",
+    "save_shards",
     "share",
     "sum_gradients",
     "wkv7_in_pieces",
