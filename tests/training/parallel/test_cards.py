@@ -13,7 +13,8 @@ from rwkv7.training.loss import next_token_loss, predicted
 from rwkv7.training.optim import make_optimizer
 from rwkv7.training.parallel import parallelise, share
 
-CONFIG = dataclasses.replace(SMALL, layers=2)
+# One head, so that a part of a parameter may be all of it or nothing.
+CONFIG = dataclasses.replace(SMALL, layers=2, width=8)
 BOUND = 1e-10
 
 

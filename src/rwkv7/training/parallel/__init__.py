@@ -5,6 +5,7 @@ from .context import ContextParallel
 from .exchange import sum_gradients
 from .operator import wkv7_in_pieces
 from .piece import Piece, cut
+from .processes import joined, launched
 from .rows import share
 from .shards import Shards, join_shards, load_shards, newest_shards, save_shards
 
@@ -15,6 +16,8 @@ __all__ = [
     "Shards",
     "cut",
     "join_shards",
+    "joined",
+    "launched",
     "load_shards",
     "newest_shards",
     "parallelise",

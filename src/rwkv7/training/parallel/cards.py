@@ -34,6 +34,7 @@ def parallelise(
     *,
     group: dist.ProcessGroup | None = None,
     autocast: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Cards:
     """The model on all ranks of a group. A collective; the optimizer is made after it.
 
@@ -43,6 +44,7 @@ def parallelise(
             become DTensors, in place), of its gradient and of its moments.
         group: the ranks, all processes when None.
         autocast: the dtype of the products, None for the parameters' own.
+        backend: the operator's backend, None for the first that accepts the call.
 
     Raises:
         ValueError: another mode, or no process group.
@@ -54,7 +56,7 @@ def parallelise(
             "group: expected torch.distributed to be set up (torch.distributed.init_process_group, "
             "in processes that torchrun started), found no process group"
         )
-    objective: nn.Module = _Objective(model)
+    objective: nn.Module = _Objective(model, backend)
     with torch.no_grad():
         for x in model.parameters():
             dist.broadcast(x, group=group, group_src=0)
@@ -153,12 +155,12 @@ def _mesh(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
 class _Objective(nn.Module):
     """Tokens to loss in one call, which is what DDP wants to see."""
 
-    def __init__(self, model: RWKV7) -> None:
+    def __init__(self, model: RWKV7, backend: str | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.backend = model, backend
 
     def forward(
         self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor | None, denominator: float
     ) -> Tensor:
-        features, _ = self.model.hidden(inputs, cu_seqlens=cu_seqlens)
+        features, _ = self.model.hidden(inputs, cu_seqlens=cu_seqlens, backend=self.backend)
         return next_token_loss(self.model.head, features, targets, denominator=denominator)
