@@ -7,7 +7,8 @@ card. Which rows a rank has is in rows.py, one sequence over several cards in co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -112,7 +113,7 @@ class Cards:
         total = None
         for number, part in enumerate(parts, 1):
             with self._exchange(number == len(parts)):
-                with self._precision():
+                with self._precision(), _quiet():
                     # The exchange takes the mean over ranks; the sum is wanted.
                     loss = self._objective(
                         part.inputs, part.targets, part.cu_seqlens, predicted / self.size
@@ -144,6 +145,14 @@ class Cards:
     def _precision(self) -> torch.autocast:
         wanted = self._autocast is not None
         return torch.autocast(self.model.device.type, self._autocast, enabled=wanted)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Blocks hand layer 0's value through as it came, and nothing changes it in place.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        yield
 
 
 def _mesh(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
