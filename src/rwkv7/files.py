@@ -184,7 +184,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -210,7 +210,7 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[Path]
         for written in temporary.iterdir():
             with written.open("rb+") as file:
                 os.fsync(file.fileno())
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.is_dir():
             final.rmdir()  # Windows renames onto no folder, not even an empty one
         temporary.rename(final)
@@ -220,7 +220,7 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[Path]
         raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
@@ -251,6 +251,17 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder`, a rename for instance, survive a power cut."""
+    # Windows cannot open folders and needs it not.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def json_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that `text` is; ValueError for whatever else it may be."""
     try:
@@ -260,16 +271,6 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, found {type(found).__name__}")
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself survive a power cut; Windows cannot open folders and needs it not.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
