@@ -30,22 +30,31 @@ def choose(
         samplers: of each row; their draws advance.
         logprobs: how many log-probabilities each row wants, see `Request`.
     """
-    rows = logits.cpu()
-    sound = rows.amax(-1).isfinite().tolist()
     choices = []
-    for row, sampler, wanted, fine in zip(rows, samplers, logprobs, sound, strict=True):
-        if not fine:
-            error = f"the model gave logits whose largest is {float(row.amax())}"
+    for row, token in enumerate(_draw(logits, samplers)):
+        wanted = logprobs[row]
+        if token is None:
+            error = f"the model gave logits whose largest is {float(logits[row].amax())}"
             choices.append(Choice(-1, None, error))
-            continue
-        token = sampler.sample(row)
-        logprob = None if wanted is None else _logprob(row, token, wanted)
-        choices.append(Choice(token, logprob, None))
+        elif wanted is None:
+            choices.append(Choice(token, None, None))
+        else:
+            choices.append(Choice(token, _logprob(logits[row], token, wanted), None))
     return choices
 
 
+def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
+    rows = logits.cpu()
+    sound = rows.amax(-1).isfinite().tolist()
+    return [
+        sampler.sample(row) if fine else None
+        for row, sampler, fine in zip(rows, samplers, sound, strict=True)
+    ]
+
+
 def _logprob(row: Tensor, token: int, count: int) -> Logprob:
-    log_p = row.double().log_softmax(0)
+    # On the CPU, in float64: the bits depend on nothing but the row.
+    log_p = row.cpu().double().log_softmax(0)
     values, ids = log_p.topk(min(count, len(log_p)))
     likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return Logprob(token, float(log_p[token]), likeliest)
