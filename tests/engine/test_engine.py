@@ -285,6 +285,8 @@ def failing(*_):
 def test_soak_thousand_requests_with_random_cancels():
     chance, model = random.Random(5), talking_model(layers=1)
     engine = Engine(model, slots=32, max_prefill_tokens=32)
+    for length in range(1, 4):  # masks are made once and kept
+        engine.submit(Request([1] * length, max_tokens=2)).result()
     tensors = count_tensors()
     handles = []
     for _ in range(1000):
