@@ -39,7 +39,9 @@ TINY = ModelConfig.from_sizes(vocab_size=256, width=64, layers=2, head_size=32)
 GREEDY = 0.0
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> RWKV7:
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, compiled: bool = False
+) -> RWKV7:
     """A model of these sizes whose weights are small random numbers, made where it lives."""
     model = RWKV7(config, dtype, "meta")
     weights = {
@@ -47,7 +49,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
         for name, x in model.named_parameters()
     }
     model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    if compiled:
+        model.compile_step()
+    return model
 
 
 def soak(model: RWKV7, slots: int, count: int) -> Figures:
@@ -183,11 +188,13 @@ def _engine_rate(model: RWKV7, slots: int) -> float:
     return 8 * count / seconds(eight, model.device)
 
 
-def bounds(config: ModelConfig, batches: Sequence[int], length: int) -> Figures:
+def bounds(
+    config: ModelConfig, batches: Sequence[int], length: int, compiled: bool = False
+) -> Figures:
     """Decoding beside the time to read weights and states; prefill beside a bare product's rate."""
     device = best_device()
     bandwidth, rate = _bandwidth(device), _product_rate(device)
-    model = random_model(config, torch.bfloat16, device)
+    model = random_model(config, torch.bfloat16, device, compiled)
     # Of the embedding a step reads a row a sequence.
     matrices = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("emb"))
     figures: Figures = {
@@ -270,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
     parser.add_argument("--requests", type=int, help="default 10,000 for soak, 1,000 for mixed")
     parser.add_argument("--device", help="for soak and mixed; default the best there is")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -279,15 +287,16 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
         figures = peer(config, 1024 if size != "tiny" else 64)
     elif given.part == "bounds":
         batches, length = ((1, 320), 4096) if size != "tiny" else ((1, 4), 64)
-        figures = bounds(config, batches, length)
+        figures = bounds(config, batches, length, given.compile)
     else:
         device = device_called(given.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = random_model(config, dtype, device)
+        model = random_model(config, dtype, device, given.compile)
         run, count = (soak, 10_000) if given.part == "soak" else (mixed, 1000)
         figures = run(model, given.slots, given.requests or count)
     about = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    result = {**about, **describe(), "part": given.part, "model": size, "figures": figures}
+    result = {**about, **describe(), "part": given.part, "model": size}
+    result |= {"compiled": given.compile, "figures": figures}
     print(json.dumps(figures, indent=2))
     given.out.mkdir(parents=True, exist_ok=True)
     stamp = about["date"].replace(":", "").replace("-", "")[:15]

@@ -56,6 +56,18 @@ def test_a_step_never_asks_for_values():
         assert MODEL.step_(tokens, pool, slots).shape == (4, SMALL.vocab_size)
 
 
+def test_a_compiled_step_gives_the_same_in_place():
+    model, pool = random_model(), random_state(SMALL, 5)
+    expected_pool = pool.clone()
+    model.compile_step("aot_eager")
+    for slots in ([2, 0], [1, -1, 3]):
+        tokens, slots = random_tokens(SMALL, len(slots)), torch.tensor(slots)
+        expected = MODEL.step_(tokens, expected_pool, slots)
+        assert error(model.step_(tokens, pool, slots)[slots >= 0], expected[slots >= 0]) < 1e-12
+    for x, y in zip(rows(pool.select(range(4))), rows(expected_pool.select(range(4))), strict=True):
+        assert error(x, y) < 1e-12
+
+
 def test_misfits_are_refused_before_anything_changes():
     pool = random_state(SMALL, 3)
     before = pool.clone()

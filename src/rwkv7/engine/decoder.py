@@ -52,9 +52,8 @@ class Decoder:
             # The widest first, whose memory the others share.
             shared = torch.cuda.graph_pool_handle()
             for width in reversed(self.widths):
-                self._steps[width] = _captured(
-                    self._step, self._padding(width).to(model.device), shared
-                )
+                rows = self._padding(width).to(model.device)
+                self._steps[width] = _captured(self._step, rows, shared)
 
     def __call__(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Logits [n, V] after one token each for n different slots; good until the next call."""
@@ -100,19 +99,21 @@ def _captured(
     step: Callable[[Tensor], Tensor], rows: Tensor, shared: Any
 ) -> Callable[[Tensor], Tensor]:
     """`step` as a CUDA graph that reads `rows`; its result is overwritten by the next call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # what is compiled or set up by a first call cannot be captured
-            step(rows)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=shared):
-        logits = step(rows)
+    with torch.cuda.device(rows.device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is compiled or set up by a first call cannot be captured
+                step(rows)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=shared):
+            logits = step(rows)
 
     def replay(given: Tensor) -> Tensor:
-        rows.copy_(given, non_blocking=True)
-        graph.replay()
+        with torch.cuda.device(rows.device):
+            rows.copy_(given, non_blocking=True)
+            graph.replay()
         return logits
 
     return replay

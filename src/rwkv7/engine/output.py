@@ -66,10 +66,17 @@ class Output:
             self.stopped = True
         elif self._decode is not None:
             self._buffer += self._decode([token])
+        if not self._stop_strings:  # nothing is ever held back; a step of many rows ends sooner
+            text = self._given(len(self._buffer)) if self._buffer else ""
+            self.tokens.append(token)
+            if logprob is None:
+                return Piece((token,), text, ())
+            self.logprobs.append(logprob)
+            return Piece((token,), text, (logprob,))
         self._held.append((token, logprob, len(self._buffer)))
-        if self._stop_strings and not self.stopped:
+        if not self.stopped:
             self._look_for_stop()
-        held_back = 0 if self.stopped or not self._stop_strings else self._possible_start()
+        held_back = 0 if self.stopped else self._possible_start()
         return self._release(len(self._buffer) - held_back)
 
     def finish(self) -> Piece:
@@ -102,10 +109,14 @@ class Output:
             if logprob is not None:
                 logprobs.append(logprob)
         self._held = deque((token, logprob, end - size) for token, logprob, end in self._held)
-        text = self._characters.decode(bytes(self._buffer[:size]), final)
-        del self._buffer[:size]
         self.tokens += tokens
         self.logprobs += logprobs
+        return Piece(tuple(tokens), self._given(size, final), tuple(logprobs))
+
+    def _given(self, size: int, final: bool = False) -> str:
+        """The next `size` bytes as whole characters."""
+        text = self._characters.decode(bytes(self._buffer[:size]), final)
+        del self._buffer[:size]
         if text:
             self.text.append(text)
-        return Piece(tuple(tokens), text, tuple(logprobs))
+        return text
