@@ -46,8 +46,9 @@ def test_a_million_tokens_take_no_more_memory_than_a_thousand():
     assert peak(1_000_000) <= 1.01 * peak(1000)
 
 
-def test_long_prompts_share_the_reading_with_short_ones():
-    engine = Engine(MODEL, slots=3, max_prefill_tokens=30)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_long_prompts_share_the_reading_with_short_ones(deterministic):
+    engine = Engine(MODEL, slots=3, max_prefill_tokens=30, deterministic=deterministic)
     long = [engine.submit(Request([1] * 10_000, max_tokens=1)) for _ in range(2)]
     short = engine.submit(Request([1] * 20, max_tokens=1))
     for _ in range(4):
