@@ -21,6 +21,13 @@ def model():
     return talking_model(layers=1)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def placed(request, model):
+    if request.param == "cpu":
+        return model
+    return talking_model(layers=1).to("cuda", torch.bfloat16)
+
+
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     monkeypatch.setattr(prefill_module, "PIECE", 8)
@@ -66,13 +73,24 @@ def mixed(engine, seed):
     return [(completion.tokens, completion.logprobs) for completion in results]
 
 
-def test_alone_and_beside_others_every_bit_is_the_same(model):
-    expected = alone(model)
-    assert mixed(build(model), 1) == expected
-    cache = PrefixCache(model, 1 << 30)
-    assert mixed(build(model, slots=13, cache=cache), 2) == expected
-    assert mixed(build(model, cache=cache), 3) == expected
+def test_alone_and_beside_others_every_bit_is_the_same(placed):
+    expected = alone(placed)
+    assert mixed(build(placed), 1) == expected
+    cache = PrefixCache(placed, 1 << 30)
+    assert mixed(build(placed, slots=13, cache=cache), 2) == expected
+    assert mixed(build(placed, cache=cache), 3) == expected
     assert cache.hits > 10
+
+
+@pytest.mark.gpu
+def test_a_captured_step_gives_what_a_plain_one_gives():
+    model = talking_model(layers=1).to("cuda", torch.bfloat16)
+    found = []
+    for graphs in (None, False):
+        engine = Engine(model, slots=16, deterministic=True, cuda_graphs=graphs)
+        handles = [engine.submit(request) for request in requests(24)]
+        found.append([(h.result().tokens, h.result().logprobs) for h in handles])
+    assert found[0] == found[1]
 
 
 def test_without_fixed_widths_the_bits_differ(model, monkeypatch):
