@@ -6,8 +6,6 @@ the bytes of an unfinished character in the session.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import json_object, write_atomically
+from .fingerprint import fingerprint
 from .nn import RWKV7
 from .sampling import Sampler
 from .state import ModelState
@@ -68,6 +67,7 @@ class Session:
     token: int | None = None  # None before the first token
     ended: bool = False  # whether `token` was drawn and ends the text
     pending: bytes = b""  # the bytes of a character not yet whole; the caller's, kept as given
+    weights: str | None = None  # the fingerprint of the model it belongs to, where that is known
 
     @torch.no_grad()
     def feed(self, model: RWKV7, tokens: Sequence[int]) -> None:
@@ -115,7 +115,7 @@ class Session:
             "ended": self.ended,
             "pending": self.pending.hex(),
             "sampler": self.sampler.state_dict(),
-            "weights": _fingerprint(model),
+            "weights": self.weights or fingerprint(model),
         }
         metadata["session"] = json.dumps(about)
         write_atomically(path, lambda file: save_file(tensors, file, metadata))
@@ -170,7 +170,8 @@ def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
         raise ValueError(
             f"a session of version {about.get('version')!r}; this library reads {_VERSION}"
         )
-    if about.get("weights") != _fingerprint(model):
+    weights = fingerprint(model)
+    if about.get("weights") != weights:
         raise ValueError("the session belongs to other weights of the same sizes as this model's")
     token, ended, sampler = about.get("token"), about.get("ended"), about.get("sampler")
     if not isinstance(ended, bool) or type(token) not in (int, type(None)):
@@ -182,17 +183,4 @@ def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
     except (TypeError, ValueError):
         raise ValueError("a broken session: its pending bytes cannot be read") from None
     _check_ids(model, [] if token is None else [token])
-    return Session(Sampler.from_state_dict(sampler), state, token, ended, pending)
-
-
-def _fingerprint(model: RWKV7) -> str:
-    """A digest of some numbers of every parameter, the same on every device.
-
-    Rounded to bfloat16, so that a model read in another dtype is mostly still known as itself.
-    """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
-    for name, parameter in model.named_parameters():
-        x = parameter.detach().flatten()
-        some = x[:: max(1, x.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16)
-        digest.update(name.encode() + some.cpu().numpy().astype("<i2").tobytes())
-    return digest.hexdigest()[:32]
+    return Session(Sampler.from_state_dict(sampler), state, token, ended, pending, weights)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rwkv7 import machine
+from rwkv7 import RWKV7, ModelConfig, machine, save_model
 from rwkv7.cli import main
+from rwkv7.engine import memory_budget
 from rwkv7.wkv7.registry import backend_names, get_backend
 
 
-def report(capsys) -> str:
+def report(capsys, *options) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(["doctor"])
+        main(["doctor", *options])
     assert not ended.value.code
     return capsys.readouterr().out
 
@@ -34,6 +35,17 @@ def test_a_refusal_is_given_with_its_reason(capsys, monkeypatch):
     monkeypatch.setattr(backend, "refuses", refuses)
     lines = report(capsys).splitlines()
     assert sum("it is Sunday" in line for line in lines) == 1
+
+
+def test_the_memory_of_an_engine_is_told(capsys, tmp_path):
+    config = ModelConfig.from_sizes(vocab_size=256, width=64, layers=2, head_size=32)
+    save_model(RWKV7(config, torch.bfloat16), tmp_path / "m.safetensors")
+    out = report(capsys, "--model", str(tmp_path / "m.safetensors"), "--slots", "1000")
+    budget = memory_budget(config, 1000, torch.bfloat16)
+    for size in (budget.weights, budget.states, budget.state, budget.total):
+        assert f"{size / 2**20:,.1f} MiB" in out
+    assert "1000 slots" in out
+    assert "bfloat16" in out
 
 
 def test_devices_by_name():

@@ -134,7 +134,7 @@ def test_what_is_refused():
         sample_batch(torch.zeros(2, 3), [one, one])
     one = Sampler(presence=1.0)
     one.accept(7)
-    with pytest.raises(ValueError, match="the token 7, outside the vocabulary of 3"):
+    with pytest.raises(ValueError, match="a vocabulary of 3, found the token 7"):
         one.sample(torch.zeros(3))
 
 

@@ -1,6 +1,6 @@
 """Which part may import which, proved from the source, and what `import rwkv7` loads.
 
-Imports go one way: cli, training, generate -> nn -> wkv7 -> one backend.
+Imports go one way: cli, training, engine -> generate -> nn -> wkv7 -> one backend.
 """
 
 import json
@@ -15,7 +15,8 @@ OPERATOR = "rwkv7.wkv7"
 BACKENDS = "rwkv7.wkv7.backends"
 TEXT = ("rwkv7.tokenizer", "rwkv7.tokenizer_file", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
-TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.chat")
+TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.engine", "rwkv7.chat")
+GENERATION = ("rwkv7.generate", "rwkv7.engine")
 
 EDGES = [
     (name, target)
@@ -71,16 +72,19 @@ def test_nothing_below_reaches_up():
 
 
 def test_the_model_and_generation_know_ids_not_text():
-    numbers_only = ("rwkv7.nn", "rwkv7.state", "rwkv7.generate", "rwkv7.sampling")
-    numbers_only += ("rwkv7.evaluation",)
+    numbers_only = ("rwkv7.nn", "rwkv7.state", "rwkv7.sampling", "rwkv7.evaluation", *GENERATION)
     wrong = [edge for edge in edges_from(*numbers_only) if inside(edge[1], *TEXT)]
     assert not wrong
 
 
 def test_training_and_generation_do_not_need_each_other():
-    wrong = [e for e in edges_from("rwkv7.training") if inside(e[1], "rwkv7.generate")]
-    wrong += [e for e in edges_from("rwkv7.generate") if inside(e[1], "rwkv7.training")]
+    wrong = [e for e in edges_from("rwkv7.training") if inside(e[1], *GENERATION)]
+    wrong += [e for e in edges_from(*GENERATION) if inside(e[1], "rwkv7.training")]
     assert not wrong
+
+
+def test_one_text_needs_no_engine():
+    assert not [e for e in edges_from("rwkv7.generate") if inside(e[1], "rwkv7.engine")]
 
 
 def test_nobody_imports_the_command_line():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,17 +22,51 @@ _EXTRAS = {
 }
 
 
-def doctor() -> None:
-    """Say what this machine can run: devices, backends with reasons, versions, caches."""
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(help="Say only what an engine on this checkpoint would take.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="With --model: texts that run at once.")] = 16,
+    max_prefill_tokens: Annotated[
+        int, typer.Option(help="With --model: tokens of prompts read between two steps.")
+    ] = 2048,
+) -> None:
+    """Say what this machine can run: devices, backends with reasons, versions, caches.
+
+    With --model: the memory that an inference engine takes at its start.
+    """
     from rwkv7.machine import best_device, describe
 
     console = Console(highlight=False)
+    if model is not None:
+        _budget(console, model, slots, max_prefill_tokens)
+        return
     _list(console, "Machine", {name: str(value) for name, value in describe().items()})
     _devices(console)
     for device in dict.fromkeys(("cpu", best_device().type)):
         _backends(console, device)
     _optional(console)
     _caches(console)
+
+
+def _budget(console: Console, path: Path, slots: int, max_prefill_tokens: int) -> None:
+    from rwkv7.engine import memory_budget
+    from rwkv7.weights import load_model
+
+    model = load_model(path, device="meta")  # sizes alone: no weight is read
+    budget = memory_budget(model.config, slots, model.dtype, max_prefill_tokens)
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = {
+        f"weights, {dtype}": _mib(budget.weights),
+        f"states, {slots} slots": f"{_mib(budget.states)} ({_mib(budget.state)} each)",
+        "a step's temporaries": f"at most {_mib(budget.working)}",
+        "together": _mib(budget.total),
+    }
+    _list(console, f"Memory of an engine on {path}", lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _list(console: Console, title: str, lines: dict[str, str]) -> None:

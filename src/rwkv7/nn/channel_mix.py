@@ -12,7 +12,7 @@ from rwkv7.config import ModelConfig
 
 from .before import Before
 from .linear import Linear
-from .token_shift import Packing, token_shift
+from .token_shift import Packing, Slots, shift_in_pool_, token_shift
 
 
 class ChannelMix(nn.Module):
@@ -41,5 +41,12 @@ class ChannelMix(nn.Module):
         if before is not None:
             shift = before.shift(x, shift)
         previous, shift = token_shift(x, shift, packed)
+        return self._mixed(x, previous), shift
+
+    def step_(self, x: Tensor, shift: Tensor, slots: Slots) -> Tensor:
+        """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
+        return self._mixed(x, shift_in_pool_(x, shift, slots))
+
+    def _mixed(self, x: Tensor, previous: Tensor) -> Tensor:
         hidden = self.key(torch.addcmul(x, previous - x, self.x_k))
-        return self.value(torch.relu(hidden).square()), shift
+        return self.value(torch.relu(hidden).square())

@@ -6,6 +6,8 @@ Files are left to `weights`, what a state is to `state`, the loss to `training`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from .channel_mix import ChannelMix
 from .init import initialise_
 from .linear import Linear
 from .time_mix import TimeMix
-from .token_shift import Packing, packing
+from .token_shift import Packing, Slots, packing, slots_of
 
 
 class Block(nn.Module):
@@ -64,6 +66,16 @@ class Block(nn.Module):
         # Autocast may run layer norms in float32; the state keeps the model's dtype.
         dtype = self.ln1.weight.dtype
         return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
+
+    def step_(
+        self, x: Tensor, v_first: Tensor | None, pool: LayerState, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """(x [B, 1, C], layer 0's value) for one token a sequence; rows of `pool` change."""
+        if self.ln0 is not None:
+            x = self.ln0(x)
+        out, v_first = self.att.step_(self.ln1(x), v_first, pool.time_shift, pool.wkv, slots)
+        x = x + out
+        return x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots), v_first
 
 
 class RWKV7(nn.Module):
@@ -196,6 +208,49 @@ class RWKV7(nn.Module):
                 x, v_first, layer = block(*arguments)
             layers.append(layer)
         return self.ln_out(x), ModelState(tuple(layers))
+
+    @torch.no_grad()
+    def step_(self, tokens: Tensor, pool: ModelState, slots: Tensor) -> Tensor:
+        """Logits after one token each for B sequences, rows of `pool` advanced **in place**.
+
+        For many sequences that come and go: nothing is gathered, no memory outlives the call, and
+        on a GPU with a step kernel it can be captured in a CUDA graph. For inference only.
+
+        Args:
+            tokens: [B], int32 or int64.
+            pool: P states of this model, changed.
+            slots: [B], int32 or int64, each sequence's row of the pool; none is named twice. -1
+                skips a sequence: its logits mean nothing, and the shifts of the pool's last row,
+                which must then be no sequence's, are overwritten.
+
+        Returns:
+            logits [B, V] in the model's dtype.
+
+        Raises:
+            ValueError, TypeError: tokens, a pool or slots that do not fit; values are looked at
+                as `wkv7_step_` does.
+        """
+        self._check_tokens(tokens[:, None])
+        pool.check(self.config, pool.batch, self.dtype, self.device)
+        chosen = slots_of(slots, tokens, pool.batch)
+        x, v_first = self._embed(tokens)[:, None], None
+        blocks = cast("Iterable[Block]", self.blocks)  # a ModuleList does not say what it holds
+        for block, layer in zip(blocks, pool.layers, strict=True):
+            x, v_first = block.step_(x, v_first, layer, chosen)
+        return self.head(self.ln_out(x))[:, 0]
+
+    def compile_step(self, backend: str = "inductor") -> None:
+        """Have `step_` compiled block by block from now on: fewer launches of fewer bytes.
+
+        The first steps of a width wait for the compiler, seconds to a minute; two graphs serve all
+        layers. Results agree within rounding.
+
+        Args:
+            backend: of torch.compile.
+        """
+        for block in cast("Iterable[Block]", self.blocks):
+            compiled = torch.compile(block.step_, fullgraph=True, backend=backend)
+            block.step_ = compiled  # type: ignore[method-assign]
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):

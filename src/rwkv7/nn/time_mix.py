@@ -16,11 +16,13 @@ from rwkv7.wkv7 import wkv7, wkv7_step_
 
 from .before import Before
 from .linear import Linear
-from .token_shift import Packing, token_shift
+from .token_shift import Packing, Slots, shift_in_pool_, token_shift
 
 # Group norm's eps is 64e-5 for heads of 64: one 1e-5 for each channel of a head.
 GROUP_NORM_EPS = 1e-5
 KEY_NORM_EPS = 1e-12
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the operator's r, w, k, v, a, b
 
 
 class TimeMix(nn.Module):
@@ -89,6 +91,39 @@ class TimeMix(nn.Module):
         if before is not None:
             shift = before.shift(x, shift)
         previous, shift = token_shift(x, shift, packed)
+        inputs, g, v_first = self._inputs(x, previous, v_first)
+        if before is None and self._may_step(x, packed, backend):
+            state = _zeros(inputs) if state is None else state.clone()
+            r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
+            y = wkv7_step_(r, w, k, v, a, b, state).unsqueeze(1)
+        else:
+            offsets = None if packed is None else packed.offsets
+            operator = wkv7 if before is None else before.wkv7
+            y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
+        return self._gated(y, inputs, g), v_first, shift, state
+
+    def step_(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor,
+        state: Tensor,
+        slots: Slots,
+    ) -> tuple[Tensor, Tensor]:
+        """One token a sequence, x [B, 1, C], rows of the pools changed in place.
+
+        `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, 1, C], layer
+        0's value).
+        """
+        inputs, g, v_first = self._inputs(x, shift_in_pool_(x, shift, slots), v_first)
+        r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
+        y = wkv7_step_(r, w, k, v, a, b, state, slots=slots.wkv)
+        return self._gated(y.unsqueeze(1), inputs, g), v_first
+
+    def _inputs(
+        self, x: Tensor, previous: Tensor, v_first: Tensor | None
+    ) -> tuple[Inputs, Tensor, Tensor]:
+        """The operator's r, w, k, v, a, b [B, T, H, N], the gate and layer 0's value [B, T, C]."""
         delta = previous - x
         r = self.receptance(torch.addcmul(x, delta, self.x_r))
         k = self.key(torch.addcmul(x, delta, self.x_k))
@@ -104,17 +139,8 @@ class TimeMix(nn.Module):
             v = torch.addcmul(v, v_first - v, mix.to(v.dtype))
         k, removal, replacement = self._keys(k, a)
         shape = (*x.shape[:2], self.heads, self.head_size)
-        r, k, v = r.view(shape), k.view(shape), v.view(shape)
-        inputs = (r, w.view(shape), k, v, removal, replacement)
-        if before is None and self._may_step(x, packed, backend):
-            state = _zeros(v, k) if state is None else state.clone()
-            r_1, w_1, k_1, v_1, a_1, b_1 = (z.squeeze(1) for z in inputs)
-            y = wkv7_step_(r_1, w_1, k_1, v_1, a_1, b_1, state).unsqueeze(1)
-        else:
-            offsets = None if packed is None else packed.offsets
-            operator = wkv7 if before is None else before.wkv7
-            y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
-        return self.output(self._gated(y, r, k, v, g)), v_first, shift, state
+        inputs = (r.view(shape), w.view(shape), k.view(shape), v.view(shape), removal, replacement)
+        return inputs, g, v_first
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:
         # One token a sequence on the CPU, no gradient wanted and no backend named: the step is
@@ -132,17 +158,19 @@ class TimeMix(nn.Module):
         k = torch.addcmul(k, k * (a - 1), self.k_a)
         return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype)
 
-    def _gated(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    def _gated(self, y: Tensor, inputs: Inputs, g: Tensor) -> Tensor:
         # Group norm, then the bonus, then the gate; in float32 at least, and rounded once.
+        r, _, k, v, _, _ = inputs
         B, T, H, N = y.shape
         dtype, wide = y.dtype, wide_dtype(y.dtype)
         r, k, v = r.to(wide), k.to(wide), v.to(wide)
         weight, bias = self.ln_x.weight.to(wide), self.ln_x.bias.to(wide)
         y = F.group_norm(y.to(wide).view(B * T, H * N), H, weight, bias, self.ln_x.eps)
         y = y.view(B, T, H, N) + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return (y.view(B, T, H * N) * g).to(dtype)
+        return self.output((y.view(B, T, H * N) * g).to(dtype))
 
 
-def _zeros(v: Tensor, k: Tensor) -> Tensor:
+def _zeros(inputs: Inputs) -> Tensor:
+    _, _, k, v, _, _ = inputs
     B, _, H, V = v.shape
     return v.new_zeros((B, H, V, k.shape[-1]), dtype=wide_dtype(v.dtype))

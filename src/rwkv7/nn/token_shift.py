@@ -28,6 +28,29 @@ class Packing(NamedTuple):
         return self.first.shape[0]
 
 
+class Slots(NamedTuple):
+    """Which rows of a pool of states B sequences use; made once a step for all layers."""
+
+    wkv: Tensor  # [B], -1 where nothing is to happen: what `wkv7_step_` takes
+    shift: Tensor  # [B], int64, the pool's last row where nothing is to happen
+
+
+def slots_of(slots: Tensor, tokens: Tensor, pool: int) -> Slots:
+    """From rows [B] of a pool of `pool` rows, -1 to skip one, to what each mix takes.
+
+    ValueError, TypeError: slots that do not go with tokens [B]; the operator looks at the values.
+    """
+    if not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
+        found = slots.dtype if isinstance(slots, Tensor) else type(slots).__name__
+        raise TypeError(f"slots: expected an int32 or int64 tensor, found {found}")
+    if slots.shape != tokens.shape or slots.device != tokens.device:
+        raise ValueError(
+            f"slots: expected the shape {list(tokens.shape)} on {tokens.device}, as tokens, "
+            f"found {list(slots.shape)} on {slots.device}"
+        )
+    return Slots(slots, torch.where(slots < 0, pool - 1, slots).long())
+
+
 def packing(cu_seqlens: Tensor, tokens: Tensor) -> Packing:
     """Check the offsets of a packed call and find each sequence's ends.
 
@@ -78,6 +101,13 @@ def token_shift(
     if carried is None:
         return F.pad(x, (0, 0, 1, -1)), last
     return torch.cat((carried[:, None], x[:, :-1]), 1), last
+
+
+def shift_in_pool_(x: Tensor, pool: Tensor, slots: Slots) -> Tensor:
+    """The vector before each token of x [B, 1, C], whose rows of `pool` [P, C] x replaces."""
+    previous = pool.index_select(0, slots.shift)[:, None]
+    pool.index_copy_(0, slots.shift, x[:, 0])
+    return previous
 
 
 def _packed_shift(x: Tensor, carried: Tensor | None, packed: Packing) -> tuple[Tensor, Tensor]:

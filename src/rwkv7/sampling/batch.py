@@ -231,9 +231,4 @@ def _check(logits: Tensor, samplers: Sequence[Sampler]) -> None:
     if len({id(sampler) for sampler in samplers}) < len(samplers):
         raise ValueError("samplers: expected a different one for every row, found one twice")
     for sampler in samplers:
-        seen = sampler.penalties()[0]
-        if len(seen) and not 0 <= int(seen.max()) < logits.shape[1]:
-            raise ValueError(
-                f"samplers: one has drawn the token {int(seen.max())}, outside the vocabulary of "
-                f"{logits.shape[1]}; it belongs to another model"
-            )
+        sampler.check(logits.shape[1])

@@ -149,6 +149,15 @@ class Sampler:
             sampler._counts[place] = count
         return sampler
 
+    def check(self, vocabulary: int) -> None:
+        """ValueError when it has drawn a token that is not among `vocabulary` ids."""
+        seen = self._tokens[: len(self._places)]
+        if len(seen) and not 0 <= int(seen.max()) < vocabulary:
+            raise ValueError(
+                f"sampler: expected draws from a vocabulary of {vocabulary}, found the token "
+                f"{int(seen.max())} among its own; it belongs to another model"
+            )
+
     def penalties(self) -> tuple[np.ndarray, np.ndarray]:
         """The ids drawn before, int64, and what to take off the logit of each, float64."""
         n = len(self._places)

@@ -30,7 +30,8 @@ def load_model(
         path: a .pth or .safetensors file; a Hugging Face folder of flash-linear-attention's RWKV-7
             (model.safetensors or pytorch_model.bin, whole or in shards); or a folder that
             `rwkv7 train` wrote, whose newest whole checkpoint is taken.
-        device: where the model shall live; None means torch's default.
+        device: where the model shall live; None means torch's default; on "meta" it has its sizes
+            alone, and no weight is read.
         dtype: of all parameters; None keeps the file's.
 
     Raises:
@@ -46,6 +47,8 @@ def load_model(
         try:
             config = weights.config()
             model = RWKV7(config, dtype or weights["emb.weight"].dtype, "meta")
+            if device.type == "meta":
+                return model
             loaded = _copied(weights, model, device)
         except ValueError as error:
             raise ValueError(f"{weights.path}: {error}") from None

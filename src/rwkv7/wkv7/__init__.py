@@ -1,3 +1,3 @@
-from .op import batch_invariant, checks, explain, wkv7, wkv7_step_
+from .op import batch_invariant, checks, explain, unchecked, wkv7, wkv7_step_
 
-__all__ = ["batch_invariant", "checks", "explain", "wkv7", "wkv7_step_"]
+__all__ = ["batch_invariant", "checks", "explain", "unchecked", "wkv7", "wkv7_step_"]

@@ -30,11 +30,18 @@ def checks() -> Iterator[None]:
 
     On the CPU this always happens; on a GPU each check waits for the device, so it is asked for.
     """
-    before, _modes.checks = checks_wanted(), True
-    try:
+    with _checking(True):
         yield
-    finally:
-        _modes.checks = before
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Check no values inside, on any device: a NaN comes out as NaN, of its own sequence alone.
+
+    For many sequences of many users in one call, where one that is broken must not end the others.
+    """
+    with _checking(False):
+        yield
 
 
 @contextlib.contextmanager
@@ -51,9 +58,10 @@ def batch_invariant() -> Iterator[None]:
         _modes.invariant = before
 
 
-def checks_wanted() -> bool:
-    """Whether the caller is inside `checks()`."""
-    return getattr(_modes, "checks", False)
+def checks_wanted(device: torch.device) -> bool:
+    """Whether to look at values: on the CPU and inside `checks()`, but not inside `unchecked()`."""
+    wanted = getattr(_modes, "checks", None)
+    return device.type == "cpu" if wanted is None else wanted
 
 
 def invariance_wanted() -> bool:
@@ -191,6 +199,15 @@ def check_state(state: Tensor, shape: tuple[int, int, int, int], like: Tensor) -
         raise ValueError(f"state: expected the device {like.device}, found {state.device}")
 
 
+@contextlib.contextmanager
+def _checking(wanted: bool) -> Iterator[None]:
+    before, _modes.checks = getattr(_modes, "checks", None), wanted
+    try:
+        yield
+    finally:
+        _modes.checks = before
+
+
 def _check_offsets(cu_seqlens: Tensor, like: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(
@@ -211,9 +228,10 @@ def _check_offsets(cu_seqlens: Tensor, like: Tensor) -> None:
 def check_values(call: Call) -> None:
     """Raise ValueError for NaN, a decay outside its form's range, or broken offsets.
 
-    Does nothing on a GPU outside `checks()`, where it would have to wait for the device.
+    Does nothing on a GPU outside `checks()`, where it would have to wait for the device, and
+    nothing inside `unchecked()`.
     """
-    if call.r.device.type != "cpu" and not checks_wanted():
+    if not checks_wanted(call.r.device):
         return
     if call.cu_seqlens is not None:
         _check_offset_values(call.cu_seqlens, call.r.shape[1])

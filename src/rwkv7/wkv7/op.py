@@ -19,11 +19,12 @@ from .contract import (
     check_values,
     checks,
     invariance_wanted,
+    unchecked,
 )
 from .registry import Explanation, explanation, select
 from .step import wkv7_step_
 
-__all__ = ["batch_invariant", "checks", "explain", "wkv7", "wkv7_step_"]
+__all__ = ["batch_invariant", "checks", "explain", "unchecked", "wkv7", "wkv7_step_"]
 
 # Asked once: torch.compile cannot trace the question in every version.
 _AUTOCAST_DEVICES = {

@@ -105,7 +105,7 @@ def _advance(
     decay: str,
     slots: Tensor | None,
 ) -> Tensor:
-    if r.device.type == "cpu" or checks_wanted():
+    if checks_wanted(r.device):
         check_input_values({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, decay)
         if slots is not None:
             _check_slots(slots, state.shape[0])

@@ -1,0 +1,156 @@
+"""The prefix cache: what prompts share is read once, and every bound is kept."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+from talking_model import talking_model
+
+from rwkv7 import ModelState
+from rwkv7.engine import Engine, PrefixCache, Request
+from rwkv7.engine import prefill as prefill_module
+from rwkv7.sampling import Sampler
+
+SYSTEM = list(b"You are a helpful assistant. Say what is the case.")  # 50 tokens
+PLENTY = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def model():
+    return talking_model()
+
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(prefill_module, "PIECE", 8)
+
+
+@pytest.fixture
+def read(model, monkeypatch):
+    """A list that grows by the number of tokens of every call that reads prompts."""
+    counts, hidden = [], type(model).hidden
+
+    def counting(self, tokens, *rest):
+        counts.append(tokens.numel())
+        return hidden(self, tokens, *rest)
+
+    monkeypatch.setattr(type(model), "hidden", counting)
+    return counts
+
+
+def ask(question):
+    return Request([*SYSTEM, *question], max_tokens=6, sampler=Sampler(0), logprobs=1)
+
+
+def results(engine, questions):
+    handles = [engine.submit(ask(question)) for question in questions]
+    return [(h.result().tokens, h.result().logprobs) for h in handles]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_with_and_without_a_cache_the_answers_are_the_same(model, read, deterministic):
+    questions = [bytes([i] * (3 + i)) for i in range(9)]
+    plain = Engine(model, slots=4, max_prefill_tokens=64, deterministic=deterministic)
+    expected = results(plain, questions)
+    without = sum(read)
+    read.clear()
+    cache = PrefixCache(model, PLENTY)
+    engine = Engine(model, slots=4, max_prefill_tokens=64, deterministic=deterministic, cache=cache)
+    found = results(engine, questions)
+    if deterministic:
+        assert found == expected
+    else:
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert sum(read) < 0.5 * without
+    assert cache.hits >= 7
+
+
+def test_a_burst_reads_what_it_shares_once(model, read):
+    cache = PrefixCache(model, PLENTY)
+    engine = Engine(model, slots=8, max_prefill_tokens=4096, cache=cache)
+    results(engine, [b"a%d" % i for i in range(8)])
+    # One reads 32 tokens and all of its rest; the others read from there on. The second has by
+    # then shown where they part, at 48.
+    assert sum(read) < 8 * len(SYSTEM) * 0.6
+
+
+def test_a_conversation_goes_on_from_its_own_beginning(model, read):
+    engine = Engine(model, slots=1, cache=PrefixCache(model, PLENTY))
+    answer = engine.submit(ask(b"hello, who is there?")).result()
+    read.clear()
+    engine.submit(ask(bytes([*b"hello, who is there?", *answer.tokens, *b" ok"]))).result()
+    assert sum(read) < 20
+
+
+def test_requests_with_a_state_do_not_touch_it(model):
+    cache = PrefixCache(model, PLENTY)
+    engine = Engine(model, slots=1, cache=cache)
+    engine.submit(ask(b"x")).result()
+    with torch.no_grad():
+        _, state = model(torch.tensor([[1, 2, 3]]))
+    request = Request([*SYSTEM, 1], max_tokens=4, sampler=Sampler(0), state=state)
+    plain = Engine(model, slots=1).submit(request).result()
+    assert engine.submit(request).result().tokens == plain.tokens
+    assert cache.hits == 0
+
+
+def fill(cache, model, count):
+    tokens = torch.arange(8 * count) % 256
+    names = cache.names(tokens, 8)
+    for i, name in enumerate(names):
+        state = ModelState.zeros(model.config)
+        state.layers[0].wkv.fill_(i)
+        cache.put(name, state)
+    return names
+
+
+def number(found):
+    return None if found is None else int(found.layers[0].wkv[0, 0, 0, 0])
+
+
+def test_memory_and_disk_are_bounded_and_the_oldest_goes_first(model, tmp_path):
+    size = Engine(model, slots=1).budget.state
+    cache = PrefixCache(model, 2 * size, tmp_path / "new", 7 * size)
+    names = fill(cache, model, 6)
+    assert cache.memory_used == 2 * size
+    assert [name in cache for name in names] == [True] * 6
+    assert number(cache.longest(names[:1])[1]) == 0  # from the disk
+    fill(cache, model, 12)
+    assert cache.memory_used <= 2 * size
+    assert cache.disk_used <= 7 * size
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "new").iterdir())
+    assert on_disk == cache.disk_used
+    count, state = cache.longest(names)
+    assert (count, number(state)) == (6, 5) or count < 6
+
+
+def test_another_process_finds_what_was_spilled(model, tmp_path):
+    names = fill(PrefixCache(model, 0, tmp_path, PLENTY), model, 3)
+    later = PrefixCache(model, PLENTY, tmp_path, PLENTY)
+    count, state = later.longest(names)
+    assert (count, number(state)) == (3, 2)
+    stranger = PrefixCache(talking_model(seed=1), PLENTY, tmp_path, PLENTY)
+    assert stranger.longest(stranger.names(torch.arange(24), 8)) == (0, None)
+    smaller = PrefixCache(model, PLENTY, tmp_path, later.disk_used // 2)
+    assert smaller.disk_used <= later.disk_used // 2
+
+
+def test_damaged_files_and_a_full_disk_cost_time_alone(model, tmp_path, monkeypatch):
+    cache = PrefixCache(model, 0, tmp_path, PLENTY)
+    names = fill(cache, model, 3)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-99])
+    assert cache.longest(names) == (0, None)
+    assert not list(tmp_path.iterdir())
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("rwkv7.state.save_file", full)
+    names = fill(cache, model, 3)
+    assert cache.longest(names) == (0, None)
+    assert not list(tmp_path.iterdir())
