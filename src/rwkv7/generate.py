@@ -6,8 +6,6 @@ the bytes of an unfinished character in the session.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +19,8 @@ from safetensors.torch import save_file
 from .files import json_object, write_atomically
 from .nn import RWKV7
 from .sampling import Sampler
-from .state import ModelState
+from .state import ModelState, load_tuned
+from .weights import fingerprint
 
 _VERSION = 1  # of what a session file holds beside the state
 # Tokens of a prompt read in one call; bounds the memory that a long prompt takes.
@@ -115,7 +114,7 @@ class Session:
             "ended": self.ended,
             "pending": self.pending.hex(),
             "sampler": self.sampler.state_dict(),
-            "weights": _fingerprint(model),
+            "weights": fingerprint(model),
         }
         metadata["session"] = json.dumps(about)
         write_atomically(path, lambda file: save_file(tensors, file, metadata))
@@ -125,6 +124,7 @@ class Session:
         """Read what `save` wrote, for the same model, on its device. Nothing in it is executed.
 
         A file of `ModelState.save` will do too: a text that has a past, and starts with a prompt.
+        So will a tuned state of the community, .pth or .safetensors, with which a text begins.
 
         Raises:
             ValueError: not a session, a broken one, or one of another model; says what differs.
@@ -132,12 +132,16 @@ class Session:
         """
         path = Path(path)
         path.open("rb").close()  # a missing or unreadable file is an OSError, whoever reads it
+        if path.suffix == ".pth":
+            return _tuned(path, model)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: not a session, or a truncated one ({error})") from None
+        if any(name.endswith(".att.time_state") for name in tensors):
+            return _tuned(path, model)
         try:
             state = _placed(ModelState.from_tensors(tensors, metadata, model.config), model)
             if "session" not in metadata:
@@ -151,6 +155,10 @@ def _check_ids(model: RWKV7, tokens: Sequence[int]) -> None:
     V = model.config.vocab_size
     if wrong := [token for token in tokens if not 0 <= token < V]:
         raise ValueError(f"tokens: expected ids from 0 to {V - 1}, found {wrong[0]}")
+
+
+def _tuned(path: Path, model: RWKV7) -> Session:
+    return Session(Sampler(), _placed(load_tuned(path, model.config, model.dtype), model))
 
 
 def _placed(state: ModelState, model: RWKV7) -> ModelState:
@@ -170,7 +178,7 @@ def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
         raise ValueError(
             f"a session of version {about.get('version')!r}; this library reads {_VERSION}"
         )
-    if about.get("weights") != _fingerprint(model):
+    if about.get("weights") != fingerprint(model):
         raise ValueError("the session belongs to other weights of the same sizes as this model's")
     token, ended, sampler = about.get("token"), about.get("ended"), about.get("sampler")
     if not isinstance(ended, bool) or type(token) not in (int, type(None)):
@@ -183,16 +191,3 @@ def _restored(text: str, state: ModelState, model: RWKV7) -> Session:
         raise ValueError("a broken session: its pending bytes cannot be read") from None
     _check_ids(model, [] if token is None else [token])
     return Session(Sampler.from_state_dict(sampler), state, token, ended, pending)
-
-
-def _fingerprint(model: RWKV7) -> str:
-    """A digest of some numbers of every parameter, the same on every device.
-
-    Rounded to bfloat16, so that a model read in another dtype is mostly still known as itself.
-    """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
-    for name, parameter in model.named_parameters():
-        x = parameter.detach().flatten()
-        some = x[:: max(1, x.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16)
-        digest.update(name.encode() + some.cpu().numpy().astype("<i2").tobytes())
-    return digest.hexdigest()[:32]

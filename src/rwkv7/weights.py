@@ -5,6 +5,9 @@ Optimizer and progress live elsewhere (`training.checkpoint`); states are in `st
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -103,6 +106,19 @@ def save_model(
         write_atomically(path, lambda file: torch.save(tensors, file))
     else:
         raise ValueError(f"path: expected a name in .safetensors or .pth, found {path.name}")
+
+
+def fingerprint(model: RWKV7) -> str:
+    """A digest of some numbers of every parameter, the same on every device.
+
+    Rounded to bfloat16, so that a model read in another dtype is mostly still known as itself.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config)).encode())
+    for name, parameter in model.named_parameters():
+        x = parameter.detach().flatten()
+        some = x[:: max(1, x.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16)
+        digest.update(name.encode() + some.cpu().numpy().astype("<i2").tobytes())
+    return digest.hexdigest()[:32]
 
 
 def config_from_tensors(tensors: Mapping[str, Tensor]) -> ModelConfig:

@@ -15,7 +15,7 @@ import typer
 from rwkv7.files import check_destination
 from rwkv7.generate import Session
 from rwkv7.sampling import Sampler
-from rwkv7.tokenizer import StreamDecoder, Tokenizer, get_tokenizer
+from rwkv7.tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
@@ -39,7 +39,8 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
     state_in: Annotated[
-        Path | None, typer.Option(help="Go on from a session; --prompt is appended to it.")
+        Path | None,
+        typer.Option(help="A session to go on from, or a tuned state to begin with."),
     ] = None,
     state_out: Annotated[
         Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C.")
@@ -64,7 +65,7 @@ def generate(
         seed,
     )
     network = _load(model, device)
-    tokenizer = _tokenizer_of(network.config.vocab_size)
+    tokenizer = tokenizer_of(network.config.vocab_size)
     session = Session(sampler)
     if state_in is not None:
         session = Session.load(state_in, network)
@@ -93,14 +94,6 @@ def _load(path: Path, device: str | None) -> RWKV7:
         f"({time.perf_counter() - start:.1f} s)"
     )
     return network
-
-
-def _tokenizer_of(vocab_size: int) -> Tokenizer:
-    names = {256: "byte", 65536: "world"}
-    if vocab_size not in names:
-        known = ", ".join(f"{size} ({name})" for size, name in names.items())
-        raise ValueError(f"MODEL: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
-    return get_tokenizer(names[vocab_size])
 
 
 def _replaced(sampler: Sampler, given: dict[str, Any]) -> Sampler:

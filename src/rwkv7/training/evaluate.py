@@ -7,6 +7,7 @@ other and beside those of a compressor.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rwkv7.nn import RWKV7
+from rwkv7.state import ModelState
 from rwkv7.tokenizer import Tokenizer
 
 from .data import Tokens
@@ -24,6 +26,8 @@ __all__ = ["Evaluation", "carried_bits", "dropped_bits", "evaluate"]
 CARRIED_WINDOW = 2048  # tokens at a time; any number gives the same bits within rounding
 DROPPED_TOKENS = 8192  # of windows whose state is dropped, read side by side
 LOGITS_AT_ONCE = 1 << 26  # numbers; both of the above are less where the vocabulary is large
+
+Initial = Callable[[int], "ModelState | None"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: RWKV7, tokens: Tokens, tokenizer: Tokenizer, *, window: int, size: int | None = None
+    model: RWKV7,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    size: int | None = None,
+    initial: Initial | None = None,
 ) -> Evaluation:
     """Reads held-out `tokens` in both ways.
 
@@ -50,6 +60,7 @@ def evaluate(
         tokenizer: what the text was tokenized with.
         window: tokens after which the second way drops the state, those of a training window.
         size: bytes of the text, where known; else the tokens are decoded to count them.
+        initial: gives the state that so many texts begin with; None means empty ones.
     """
     if len(tokens) == 0:
         raise ValueError("tokens: expected at least one held-out token, found none")
@@ -59,20 +70,22 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        carried = first + carried_bits(model, tokens)
-        dropped = first + dropped_bits(model, tokens, window)
+        carried = first + carried_bits(model, tokens, initial=initial)
+        dropped = first + dropped_bits(model, tokens, window, initial)
     finally:
         model.train(was_training)
     return Evaluation(carried=carried / size, dropped=dropped / size, bytes=size)
 
 
 @torch.no_grad()
-def carried_bits(model: RWKV7, tokens: Tokens, window: int = CARRIED_WINDOW) -> float:
-    """The bits of all tokens but the first, read in one go from an empty state.
+def carried_bits(
+    model: RWKV7, tokens: Tokens, window: int = CARRIED_WINDOW, initial: Initial | None = None
+) -> float:
+    """The bits of all tokens but the first, read in one go from an empty or the initial state.
 
     `window` is how many tokens the model gets at a time; the state is carried on to the next ones.
     """
-    bits, state, last = 0.0, None, len(tokens) - 1
+    bits, state, last = 0.0, initial and initial(1), len(tokens) - 1
     window = min(window, max(1, LOGITS_AT_ONCE // model.config.vocab_size))
     for start in range(0, last, window):
         stop = min(start + window, last)
@@ -83,7 +96,9 @@ def carried_bits(model: RWKV7, tokens: Tokens, window: int = CARRIED_WINDOW) -> 
 
 
 @torch.no_grad()
-def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
+def dropped_bits(
+    model: RWKV7, tokens: Tokens, window: int, initial: Initial | None = None
+) -> float:
     """The bits of all tokens but the first when every `window` tokens the state is dropped."""
     last = len(tokens) - 1
     whole = last // window
@@ -93,15 +108,16 @@ def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
     for first in range(0, whole, rows):
         some = range(first, min(first + rows, whole))
         windows = np.stack([tokens[i * window : (i + 1) * window + 1] for i in some])
-        bits += _window_bits(model, windows)
+        bits += _window_bits(model, windows, initial)
     if whole * window < last:
-        bits += _window_bits(model, tokens[None, whole * window :])
+        bits += _window_bits(model, tokens[None, whole * window :], initial)
     return bits
 
 
-def _window_bits(model: RWKV7, windows: np.ndarray) -> float:
+def _window_bits(model: RWKV7, windows: np.ndarray, initial: Initial | None) -> float:
     tokens = _to_device(windows, model)
-    return _bits(model(tokens[:, :-1])[0], tokens[:, 1:])
+    state = initial and initial(len(windows))
+    return _bits(model(tokens[:, :-1], state)[0], tokens[:, 1:])
 
 
 def _to_device(tokens: np.ndarray, model: RWKV7) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import get_tokenizer
 
 from .carry import batch_gradients
@@ -31,6 +30,7 @@ from .optim import learning_rate, set_learning_rate
 from .report import Report
 from .settings import TrainSettings
 from .sources import make_source
+from .tuning import Tuning
 
 __all__ = ["OnStep", "Run", "TrainResult", "TrainingDivergedError"]
 
@@ -61,16 +61,17 @@ class Run:
         out: Path,
         settings: TrainSettings,
         data: TokenData,
-        model: RWKV7,
+        tuning: Tuning,
         optimizer: torch.optim.Optimizer,
         step: int = 0,
     ) -> None:
         self.out, self.settings, self.data = out, settings, data
-        self.model, self.optimizer, self.step, self.saved = model, optimizer, step, step
+        self.tuning, self.model, self.optimizer = tuning, tuning.model, optimizer
+        self.step = self.saved = step
         self.tokenizer = get_tokenizer(settings.tokenizer)
         self.source = make_source(data.documents, settings)
         self.model.checkpoint_layers = settings.checkpoint_layers
-        self.device = model.emb.weight.device
+        self.device = self.model.device
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
     def go_on(self, report: Report, on_step: OnStep | None) -> TrainResult:
@@ -116,8 +117,9 @@ class Run:
                 mode=settings.carry,
                 window=settings.window * rows,
                 parts=settings.accumulate,
+                state=self.tuning.initial(batch.sequences),
             )
-        norm = clip_grad_norm_(self.model.parameters(), settings.clip)
+        norm = clip_grad_norm_(self.tuning.trained.parameters(), settings.clip)
         self.optimizer.step()
         nats, size = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(nats) and math.isfinite(size)):
@@ -166,6 +168,7 @@ class Run:
                 self.tokenizer,
                 window=self.settings.window,
                 size=self.data.info.held_out_bytes if whole else None,
+                initial=self.tuning.initial,
             )
         log.evaluation(self.step, result)
         report.evaluation(self.step, result)
@@ -173,7 +176,7 @@ class Run:
         return result
 
     def _save(self) -> None:
-        save_checkpoint(self.out, self.model, self.optimizer, self.settings, self.step)
+        save_checkpoint(self.out, self.tuning, self.optimizer, self.settings, self.step)
         self.saved = self.step
 
     def _precision(self) -> torch.autocast:

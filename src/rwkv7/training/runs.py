@@ -1,4 +1,4 @@
-"""A run in its folder: `train_model` begins one, `resume_training` goes on with it.
+"""A run in its folder: `train_model` and `tune_model` begin one, `resume_training` goes on with it.
 
 The folder holds data/ (tokens), checkpoints/, log.jsonl, loss.png, and a lock while at work. The
 loop itself is in loop.py.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rwkv7.config import ModelConfig
+from rwkv7.files import check_destination
 from rwkv7.nn import RWKV7, initialise_
 from rwkv7.tokenizer import get_tokenizer
 
@@ -28,14 +29,15 @@ from .checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from .data import TokenData, find_text, open_data, prepare_data, text_digest
+from .data import Text, TokenData, find_text, open_data, prepare_data, text_digest
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
 from .report import Report
-from .settings import TrainSettings, resumed_settings
+from .settings import TrainSettings, resumed_settings, tuning_settings
+from .tuning import Tuning, make_tuning, open_base, weights_dtype
 
-__all__ = ["choose_device", "resume_training", "train_model"]
+__all__ = ["choose_device", "resume_training", "train_model", "tune_model"]
 
 _LEFTOVER = re.compile(
     r"lock|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
@@ -52,6 +54,7 @@ def train_model(
     device: str | torch.device | None = None,
     report: Report | None = None,
     on_step: OnStep | None = None,
+    save: Path | None = None,
 ) -> TrainResult:
     """Trains a new model on the text of files and folders and leaves the run in the folder `out`.
 
@@ -63,6 +66,7 @@ def train_model(
         device: None means a CUDA GPU if there is one, else the CPU.
         report: what shows the progress; None shows nothing.
         on_step: told of each step; when it returns True the run saves and stops, as on Ctrl-C.
+        save: a .pth or .safetensors file for the model at the end, under the official names.
 
     Raises:
         ValueError: unusable text, settings, device or folder, before anything is written.
@@ -72,24 +76,64 @@ def train_model(
     """
     device = choose_device(device)
     settings = _with_dtype(settings, device)
-    tokenizer = get_tokenizer(settings.tokenizer)
+    if settings.tune != "full":
+        raise ValueError(
+            f"tune: {settings.tune!r} is for a model that exists; say which with --from"
+        )
     config = ModelConfig.from_sizes(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=get_tokenizer(settings.tokenizer).vocab_size,
         width=settings.width,
         layers=settings.layers,
         head_size=settings.head_size,
     )
-    text = find_text(texts, exclude=out)
-    held_out_text = find_text([held_out_file]) if held_out_file else None
-    with _new_run(out):
-        data = prepare_data(text, out / "data", tokenizer, settings.held_out, held_out_text)
+
+    def make() -> Tuning:
         model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=device)
         initialise_(model, torch.Generator().manual_seed(settings.seed))
-        optimizer = make_optimizer(model, settings)
-        run = Run(out, settings, data, model, optimizer)
-        # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
-        save_checkpoint(out, model, optimizer, settings, 0)
-        return run.go_on(report or Report(), on_step)
+        return Tuning(model)
+
+    held_out_text = find_text([held_out_file]) if held_out_file else None
+    begin = _Beginning(settings, find_text(texts, exclude=out), held_out_text, out, save)
+    return begin.run(make, report or Report(), on_step)
+
+
+def tune_model(
+    base: Path,
+    given: Mapping[str, Any],
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    held_out_file: Path | None = None,
+    device: str | torch.device | None = None,
+    report: Report | None = None,
+    on_step: OnStep | None = None,
+    save: Path | None = None,
+) -> TrainResult:
+    """Goes on from a model that exists: all of it, its initial states, or adapters are trained.
+
+    Args:
+        base: an official checkpoint (.pth, .safetensors), or the folder of a run.
+        given: settings by name; the others are the model's own sizes and the rates of
+            `tuning_settings`.
+        save: a .pth or .safetensors file for the result at the end: the model, adapters merged
+            into it, or the states.
+        texts, out, held_out_file, device, report, on_step: as for `train_model`.
+
+    A finished run of states leaves state.pth and state.safetensors in `out`, one of adapters
+    adapter/ and merged.safetensors.
+
+    Raises what `train_model` and `rwkv7.weights.load_model` raise; ValueError too for sizes that
+    are not the model's.
+    """
+    device = choose_device(device)
+    tune = TrainSettings.from_dict({**given}).tune  # says what is wrong before the model is read
+    held_out_text = find_text([held_out_file]) if held_out_file else None
+    text = find_text(texts, exclude=out)
+    auto = _with_dtype(TrainSettings(tune=tune, dtype=given.get("dtype", "auto")), device)
+    model, origin = open_base(base, device, weights_dtype(auto))
+    settings = _with_dtype(tuning_settings(given, model.config), device)
+    begin = _Beginning(settings, text, held_out_text, out, save)
+    return begin.run(lambda: make_tuning(settings, model, origin), report or Report(), on_step)
 
 
 def resume_training(
@@ -101,6 +145,8 @@ def resume_training(
     device: str | torch.device | None = None,
     report: Report | None = None,
     on_step: OnStep | None = None,
+    save: Path | None = None,
+    base: Path | None = None,
 ) -> TrainResult:
     """Goes on with the run in `out` from its newest whole checkpoint, as if it had never stopped.
 
@@ -108,7 +154,8 @@ def resume_training(
         out: the folder that `train_model` wrote.
         changes: settings by name. Those of `FREE_ON_RESUME` may differ from the run's.
         texts: not needed, the run has its tokens; when given, they must be the text of the run.
-        held_out_file, device, report, on_step: as for `train_model`.
+        base: where the model that the run tunes is now, if not where it was.
+        held_out_file, device, report, on_step, save: as for `tune_model`.
 
     Raises what `train_model` raises; ValueError too when there is no checkpoint, when a change
     would make it another run, or when the text is not the same.
@@ -118,6 +165,7 @@ def resume_training(
     nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
     if not out.is_dir():
         raise ValueError(nothing)
+    _check_save(save)
     with run_lock(out):
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
@@ -126,10 +174,59 @@ def resume_training(
         data = open_data(out / "data")
         if texts:
             _check_same_text(data, texts, held_out_file, out)
-        model, optimizer = load_checkpoint(checkpoint, device)
-        _note_differences(checkpoint, model, report)
-        run = Run(out, settings, data, model, optimizer, checkpoint.step)
-        return run.go_on(report, on_step)
+        tuning, optimizer = load_checkpoint(checkpoint, device, base)
+        _note_differences(checkpoint, tuning.model, report)
+        run = Run(out, settings, data, tuning, optimizer, checkpoint.step)
+        return _finish(run.go_on(report, on_step), tuning, out, save, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """What a run begins with but for its model, all of it checked before anything is written."""
+
+    settings: TrainSettings
+    text: Text
+    held_out_text: Text | None
+    out: Path
+    save: Path | None
+
+    def run(
+        self, make: Callable[[], Tuning], report: Report, on_step: OnStep | None
+    ) -> TrainResult:
+        """Prepares the text, has `make` give the model, and trains."""
+        settings, out = self.settings, self.out
+        tokenizer = get_tokenizer(settings.tokenizer)
+        _check_save(self.save)
+        with _new_run(out):
+            data = prepare_data(
+                self.text, out / "data", tokenizer, settings.held_out, self.held_out_text
+            )
+            tuning = make()
+            optimizer = make_optimizer(tuning.trained, settings)
+            run = Run(out, settings, data, tuning, optimizer)
+            # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
+            save_checkpoint(out, tuning, optimizer, settings, 0)
+            return _finish(run.go_on(report, on_step), tuning, out, self.save, report)
+
+
+def _finish(
+    result: TrainResult, tuning: Tuning, out: Path, save: Path | None, report: Report
+) -> TrainResult:
+    if result.finished:
+        for path in tuning.finish(out):
+            report.note(f"written: {path}")
+        if save is not None:
+            tuning.export(save)
+            report.note(f"written: {save}")
+    return result
+
+
+def _check_save(save: Path | None) -> None:
+    if save is None:
+        return
+    if save.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"save: expected a name in .pth or .safetensors, found {save.name}")
+    check_destination(save)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
