@@ -19,9 +19,10 @@ from rwkv7.nn import RWKV7
 from rwkv7.state import ModelState
 from rwkv7.tokenizer import Tokenizer
 
-from .data import Tokens
+from .batch import IGNORED
+from .data import Conversations, Tokens
 
-__all__ = ["Evaluation", "carried_bits", "dropped_bits", "evaluate"]
+__all__ = ["Evaluation", "carried_bits", "dropped_bits", "evaluate", "evaluate_answers"]
 
 CARRIED_WINDOW = 2048  # tokens at a time; any number gives the same bits within rounding
 DROPPED_TOKENS = 8192  # of windows whose state is dropped, read side by side
@@ -32,10 +33,13 @@ Initial = Callable[[int], "ModelState | None"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Bits per byte with the state carried and with it dropped at every window; bytes read."""
+    """Bits per byte with the state carried and with it dropped at every window; bytes read.
+
+    Of conversations the bytes are what the assistant says, and nothing is dropped (None).
+    """
 
     carried: float
-    dropped: float
+    dropped: float | None
     bytes: int
 
 
@@ -75,6 +79,42 @@ def evaluate(
     finally:
         model.train(was_training)
     return Evaluation(carried=carried / size, dropped=dropped / size, bytes=size)
+
+
+@torch.no_grad()
+def evaluate_answers(
+    model: RWKV7,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    most: int | None = None,
+    initial: Initial | None = None,
+) -> Evaluation:
+    """Reads held-out conversations, each from its beginning, and charges what is learnt of them.
+
+    Args:
+        model: set to evaluation for the time being.
+        conversations: at least one.
+        most: tokens after which no other conversation is begun; None reads all.
+        tokenizer, initial: as for `evaluate`.
+    """
+    was_training = model.training
+    model.eval()
+    bits, size, read = 0.0, 0, 0
+    for number in range(len(conversations)):
+        if most is not None and read >= most:
+            break
+        tokens = conversations.tokens.document(number)
+        learnt = conversations.learnt.document(number)[1:]
+        row, state = _to_device(tokens, model), initial and initial(1)
+        targets = row[1:].masked_fill(torch.from_numpy(learnt == 0).to(row.device), IGNORED)
+        step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+        for start in range(0, len(targets), step):
+            logits, state = model(row[None, :-1][:, start : start + step], state)
+            bits += _bits(logits, targets[None, start : start + step])
+        size += len(tokenizer.decode_bytes(tokens[1:][learnt != 0].tolist()))
+        read += len(tokens)
+    model.train(was_training)
+    return Evaluation(carried=bits / max(1, size), dropped=None, bytes=size)
 
 
 @torch.no_grad()

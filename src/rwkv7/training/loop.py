@@ -22,8 +22,8 @@ from rwkv7.tokenizer import get_tokenizer
 
 from .carry import batch_gradients
 from .checkpoint import newest_checkpoint, save_checkpoint
-from .data import TokenData
-from .evaluate import Evaluation, evaluate
+from .data import ChatData, TokenData
+from .evaluate import Evaluation, evaluate, evaluate_answers
 from .interrupt import interruptible
 from .log import RunLog, StepRecord, plot_loss
 from .optim import learning_rate, set_learning_rate
@@ -60,7 +60,7 @@ class Run:
         self,
         out: Path,
         settings: TrainSettings,
-        data: TokenData,
+        data: TokenData | ChatData,
         tuning: Tuning,
         optimizer: torch.optim.Optimizer,
         step: int = 0,
@@ -69,7 +69,7 @@ class Run:
         self.tuning, self.model, self.optimizer = tuning, tuning.model, optimizer
         self.step = self.saved = step
         self.tokenizer = get_tokenizer(settings.tokenizer)
-        self.source = make_source(data.documents, settings)
+        self.source = make_source(data, settings)
         self.model.checkpoint_layers = settings.checkpoint_layers
         self.device = self.model.device
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
@@ -157,23 +157,29 @@ class Run:
         )
 
     def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:
-        tokens = self.data.held_out[:most]
-        if len(tokens) == 0:
+        if len(self.data.held_out) == 0:
             return None
-        whole = len(tokens) == len(self.data.held_out)
         with self._precision():
-            result = evaluate(
-                self.model,
-                tokens,
-                self.tokenizer,
-                window=self.settings.window,
-                size=self.data.info.held_out_bytes if whole else None,
-                initial=self.tuning.initial,
-            )
+            result = self._read_held_out(most)
         log.evaluation(self.step, result)
         report.evaluation(self.step, result)
         plot_loss(self.out / "log.jsonl", self.out / "loss.png")
         return result
+
+    def _read_held_out(self, most: int | None) -> Evaluation:
+        if isinstance(self.data, ChatData):
+            initial = self.tuning.initial
+            return evaluate_answers(self.model, self.data.held_out, self.tokenizer, most, initial)
+        tokens = self.data.held_out[:most]
+        whole = len(tokens) == len(self.data.held_out)
+        return evaluate(
+            self.model,
+            tokens,
+            self.tokenizer,
+            window=self.settings.window,
+            size=self.data.info.held_out_bytes if whole else None,
+            initial=self.tuning.initial,
+        )
 
     def _save(self) -> None:
         save_checkpoint(self.out, self.tuning, self.optimizer, self.settings, self.step)

@@ -55,10 +55,14 @@ class _ConsoleReport(Report):
         self._seconds += share * (record.seconds - self._seconds)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        self.note(
-            f"step {step:,}: held-out text {result.carried:.4f} bits per byte with the state "
-            f"carried, {result.dropped:.4f} with it dropped ({result.bytes:,} bytes)"
-        )
+        if result.dropped is None:
+            what = f"held-out answers {result.carried:.4f} bits per byte"
+        else:
+            what = (
+                f"held-out text {result.carried:.4f} bits per byte with the state carried, "
+                f"{result.dropped:.4f} with it dropped"
+            )
+        self.note(f"step {step:,}: {what} ({result.bytes:,} bytes)")
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -29,7 +29,18 @@ from .checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from .data import Text, TokenData, find_text, open_data, prepare_data, text_digest
+from .data import (
+    ChatData,
+    Text,
+    TokenData,
+    chat_digest,
+    find_text,
+    open_chat,
+    open_data,
+    prepare_chat,
+    prepare_data,
+    text_digest,
+)
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
@@ -171,7 +182,7 @@ def resume_training(
         if checkpoint is None:
             raise ValueError(nothing)
         settings = resumed_settings(checkpoint.settings, changes or {})
-        data = open_data(out / "data")
+        data = (open_chat if settings.chat else open_data)(out / "data")
         if texts:
             _check_same_text(data, texts, held_out_file, out)
         tuning, optimizer = load_checkpoint(checkpoint, device, base)
@@ -198,7 +209,8 @@ class _Beginning:
         tokenizer = get_tokenizer(settings.tokenizer)
         _check_save(self.save)
         with _new_run(out):
-            data = prepare_data(
+            prepare = prepare_chat if settings.chat else prepare_data
+            data = prepare(
                 self.text, out / "data", tokenizer, settings.held_out, self.held_out_text
             )
             tuning = make()
@@ -291,10 +303,11 @@ def _check_free(out: Path) -> None:
 
 
 def _check_same_text(
-    data: TokenData, texts: Sequence[Path], held_out_file: Path | None, out: Path
+    data: TokenData | ChatData, texts: Sequence[Path], held_out_file: Path | None, out: Path
 ) -> None:
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    if text_digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
+    digest = chat_digest if isinstance(data, ChatData) else text_digest
+    if digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
         raise ValueError(
             "text: this is not the text that the run was begun with. Leave it out to go on with "
             "the run's own copy, or begin a new run in another folder"

@@ -64,6 +64,9 @@ class TrainSettings:
     checkpoint_layers: bool = _option(
         False, "compute layers again going back instead of keeping what is in them: less memory"
     )
+    chat: bool = _option(
+        False, "the text is JSON lines of conversations, of which what the assistant says is learnt"
+    )
     lr: float = _option(
         1e-3, "highest learning rate (with --from 1e-5, for lora 1e-4, for state 1)"
     )
