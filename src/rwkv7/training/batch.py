@@ -57,3 +57,6 @@ class Source(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of the step (from 0), on the CPU."""
+
+    def where(self, step: int) -> str:
+        """Which part of the data the batch of the step is, in words for a person."""

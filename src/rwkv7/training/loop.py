@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rwkv7.tokenizer import get_tokenizer
 
-from .carry import batch_gradients
+from .batch import Batch
 from .checkpoint import newest_checkpoint, save_checkpoint
 from .data import ChatData, TokenData
 from .evaluate import Evaluation, evaluate, evaluate_answers
@@ -30,7 +31,11 @@ from .optim import learning_rate, set_learning_rate
 from .report import Report
 from .settings import TrainSettings
 from .sources import make_source
+from .step import precision, step_gradients
 from .tuning import Tuning
+from .watch.diverged import first_not_finite
+from .watch.samples import write_sample, write_samples
+from .watch.speed import Utilisation
 
 __all__ = ["OnStep", "Run", "TrainResult", "TrainingDivergedError"]
 
@@ -72,6 +77,8 @@ class Run:
         self.source = make_source(data, settings)
         self.model.checkpoint_layers = settings.checkpoint_layers
         self.device = self.model.device
+        products = torch.bfloat16 if settings.dtype == "bf16" else self.model.dtype
+        self.utilisation = Utilisation(self.model, products)
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
     def go_on(self, report: Report, on_step: OnStep | None) -> TrainResult:
@@ -90,6 +97,8 @@ class Run:
                     last = self.step == self.settings.steps
                     if self.step % self.settings.eval_every == 0 and not (stop or last):
                         self._evaluate(log, report, self.settings.eval_tokens)
+                    if self._is_sampled() and not stop:
+                        self._sample(log, report)
                     if stop or last or self.step % self.settings.save_every == 0:
                         self._save()
                     if stop:
@@ -106,29 +115,23 @@ class Run:
         batch = self.source.batch(self.step).to(self.device)
         rate = learning_rate(settings, self.step)
         set_learning_rate(self.optimizer, rate)
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        # A packed row holds the tokens of the whole batch, so its windows do too.
-        rows = 1 if batch.cu_seqlens is None else settings.batch
-        with self._precision():
-            loss = batch_gradients(
-                self.model,
-                batch,
-                mode=settings.carry,
-                window=settings.window * rows,
-                parts=settings.accumulate,
-                state=self.tuning.initial(batch.sequences),
-            )
+        try:
+            loss = step_gradients(self.tuning, batch, settings)
+        except ValueError as error:  # the operator refuses what is no number, where it looks
+            raise TrainingDivergedError(self._diagnosis(batch, error)) from error
         norm = clip_grad_norm_(self.tuning.trained.parameters(), settings.clip)
+        # What is not finite changes no weight: the optimizer's kernel sees to it on the device, so
+        # that nobody waits for the answer here, and the step can be looked at again as it was.
+        bad = ~(loss + norm).isfinite()
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
         nats, size = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(nats) and math.isfinite(size)):
-            raise TrainingDivergedError(
-                f"stopped at step {self.step + 1}: the loss is {nats} and the gradient's norm "
-                f"{size}. The last good checkpoint, of step {self.saved}, is kept. A new run with "
-                "a lower learning rate or a smaller clip may get past this"
-            )
+            what = f"the loss is {nats} and the gradient's norm {size}"
+            raise TrainingDivergedError(self._diagnosis(batch, what))
         self.step += 1
+        seconds = time.perf_counter() - started
         return StepRecord(
             step=self.step,
             loss=nats,
@@ -136,7 +139,26 @@ class Run:
             lr=rate,
             grad_norm=size,
             tokens=batch.inputs.numel(),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            mfu=self.utilisation.at(batch.inputs.numel() / seconds),
+        )
+
+    def _diagnosis(self, batch: Batch, what: str | ValueError) -> str:
+        """Which step, which batch and which tensor, for a person; an error that has to do with none
+        is raised again."""
+
+        def again() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return step_gradients(self.tuning, batch, self.settings)
+
+        first = first_not_finite(self.model, self.tuning.trained, again)
+        if first is None and isinstance(what, ValueError):
+            raise what
+        first = first or "nothing when the step was run again, a fault that comes and goes"
+        return (
+            f"stopped at step {self.step + 1}: {what}. First not finite: {first}. The batch: "
+            f"{self.source.where(self.step)}. The last good checkpoint, of step {self.saved}, is "
+            "kept. A new run with a lower learning rate or a smaller clip may get past this"
         )
 
     def _finish(self, log: RunLog, report: Report) -> TrainResult:
@@ -159,7 +181,7 @@ class Run:
     def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:
         if len(self.data.held_out) == 0:
             return None
-        with self._precision():
+        with precision(self.settings, self.device):
             result = self._read_held_out(most)
         log.evaluation(self.step, result)
         report.evaluation(self.step, result)
@@ -181,11 +203,21 @@ class Run:
             initial=self.tuning.initial,
         )
 
+    def _is_sampled(self) -> bool:
+        return self.settings.sample_every > 0 and self.step % self.settings.sample_every == 0
+
+    def _sample(self, log: RunLog, report: Report) -> None:
+        with precision(self.settings, self.device):
+            text = write_sample(
+                self.model,
+                self.tokenizer,
+                self.settings.sample_prompt,
+                seed=self.settings.seed,
+                initial=self.tuning.initial,
+            )
+        write_samples(self.out / "samples.txt", log.sample(self.step, text))
+        report.sample(self.step, text)
+
     def _save(self) -> None:
         save_checkpoint(self.out, self.tuning, self.optimizer, self.settings, self.step)
         self.saved = self.step
-
-    def _precision(self) -> torch.autocast:
-        """Products in bf16 where asked for; weights, state and moments stay fp32."""
-        wanted = self.settings.dtype == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)

@@ -44,7 +44,7 @@ from .data import (
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
-from .report import Report
+from .report import Report, ReportToAll
 from .settings import TrainSettings, resumed_settings, tuning_settings
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 
@@ -188,6 +188,7 @@ def resume_training(
         tuning, optimizer = load_checkpoint(checkpoint, device, base)
         _note_differences(checkpoint, tuning.model, report)
         run = Run(out, settings, data, tuning, optimizer, checkpoint.step)
+        report = _with_board(report, settings, out)
         return _finish(run.go_on(report, on_step), tuning, out, save, report)
 
 
@@ -208,6 +209,7 @@ class _Beginning:
         settings, out = self.settings, self.out
         tokenizer = get_tokenizer(settings.tokenizer)
         _check_save(self.save)
+        report = _with_board(report, settings, out)
         with _new_run(out):
             prepare = prepare_chat if settings.chat else prepare_data
             data = prepare(
@@ -231,6 +233,14 @@ def _finish(
             tuning.export(save)
             report.note(f"written: {save}")
     return result
+
+
+def _with_board(report: Report, settings: TrainSettings, out: Path) -> Report:
+    if not settings.tensorboard:
+        return report
+    from .watch.board import BoardReport  # loads the package tensorboard
+
+    return ReportToAll(report, BoardReport(out / "tensorboard"))
 
 
 def _check_save(save: Path | None) -> None:

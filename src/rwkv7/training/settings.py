@@ -19,7 +19,10 @@ from .carry import CARRY_MODES
 __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings", "tuning_settings"]
 
 # Changing these changes what is saved or measured, never a parameter of the model.
-FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens", "checkpoint_layers")
+FREE_ON_RESUME = (
+    *("save_every", "eval_every", "eval_tokens", "checkpoint_layers"),
+    *("sample_every", "sample_prompt", "tensorboard"),
+)
 DTYPES = ("auto", "fp32", "bf16")
 ORDERS = ("shuffled", "official")
 # What of a model is trained, and the learning rates, highest and last, where none are given. Those
@@ -98,6 +101,12 @@ class TrainSettings:
         65536, "held-out tokens that an evaluation on the way reads; the last one reads all"
     )
 
+    sample_every: int = _option(0, "steps between texts that the model writes; 0: none")
+    sample_prompt: str = _option("", "what such a text begins with")
+    tensorboard: bool = _option(
+        False, 'write for TensorBoard, too, in RUN/tensorboard (needs the extra "tensorboard")'
+    )
+
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "width", "head_size", "batch", "window", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -121,6 +130,7 @@ class TrainSettings:
         self._require("lr_final", 0 <= self.lr_final <= self.lr, f"from 0 to lr ({self.lr:g})")
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        self._require("sample_every", self.sample_every >= 0, "at least 0")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")

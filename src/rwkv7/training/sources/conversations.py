@@ -57,6 +57,10 @@ class PackedConversations:
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
         )
 
+    def where(self, step: int) -> str:
+        """The numbers of the step's conversations."""
+        return f"conversations {', '.join(map(str, self.conversations(step)))} (from 0)"
+
     def conversations(self, step: int) -> list[int]:
         """The numbers, from 0, of the conversations that the step reads."""
         while self._epochs[-1] <= step:
