@@ -100,7 +100,7 @@ def test_the_whole_model_goes_on_and_back_to_an_official_file(
         assert name == "emb.weight" or not torch.equal(x.float(), full), name
     assert result.evaluation is not None and math.isfinite(result.evaluation.carried)
     # The first loss is that of the model that was given.
-    batch = make_source(open_data(run / "data").documents, settings).batch(0)
+    batch = make_source(open_data(run / "data"), settings).batch(0)
     with torch.no_grad():
         logits, _ = before.float()(batch.inputs)
     first = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
@@ -117,6 +117,7 @@ def test_what_does_not_go_with_the_model_is_refused_before_anything_is_written(
         ({"tokenizer": "world"}, "tokenizer: 'world' has 65536 tokens, the model .* 256"),
         ({"tune": "prefix"}, "tune: expected one of full, state, lora"),
         ({"lr_final": 1.0}, "lr_final: expected from 0 to lr"),
+        ({"learning_rate": 1.0}, "settings: unknown names learning_rate"),
     ):
         with pytest.raises(ValueError, match=message):
             tune_model(base, {**SHORT, **given}, [text], run, device=CPU)
@@ -127,6 +128,8 @@ def test_what_does_not_go_with_the_model_is_refused_before_anything_is_written(
     assert not run.exists()
     # Sizes that are the model's, and settings of their own, are as good as none.
     assert tuning_settings({"layers": 2, "tune": "state"}, BYTES).lr == 1.0
+    low = tuning_settings({"lr": 1e-6}, BYTES)
+    assert (low.lr, low.lr_final) == (1e-6, 1e-6)
 
 
 def test_the_gradient_of_the_initial_states_is_the_slope_of_the_loss() -> None:

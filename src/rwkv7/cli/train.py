@@ -23,6 +23,7 @@ from rwkv7.training import (
     TrainResult,
     TrainSettings,
     console_report,
+    plan_training,
     resume_training,
     train_model,
     tune_model,
@@ -42,6 +43,7 @@ class _Call:
     save: Path | None
     held_out_file: Path | None
     device: str | None
+    dry_run: bool
 
 
 def _train(call: _Call, given: dict[str, Any]) -> None:
@@ -52,12 +54,22 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
     of it or what --tune names. Ctrl-C finishes the step and saves; go on with --resume, for which
     OUT is enough.
     """
+    if call.dry_run:
+        _plan(call, given)
+        return
     try:
         result = _run(call, given, console_report(Console()))
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     _tell(result, call.out)
+
+
+def _plan(call: _Call, given: dict[str, Any]) -> None:
+    if call.resume:
+        raise ValueError("dry_run: tells of a run that begins; leave --resume out")
+    plan = plan_training(given, call.texts or (), base=call.base, device=call.device)
+    print("\n".join(plan.lines()))
 
 
 def _run(call: _Call, given: dict[str, Any], report: Report) -> TrainResult:
@@ -144,6 +156,13 @@ _OPTIONS: list[tuple[str, Any, Any]] = [
         "held_out_file",
         Path | None,
         typer.Option(None, help="Evaluate on this file instead of the text's end."),
+    ),
+    (
+        "dry_run",
+        bool,
+        typer.Option(
+            False, "--dry-run", help="Print parameters, memory, tokens and time; write nothing."
+        ),
     ),
     (
         "device",

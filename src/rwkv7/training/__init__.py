@@ -3,7 +3,7 @@
 from .evaluate import Evaluation, evaluate
 from .loop import TrainingDivergedError, TrainResult
 from .report import Report, console_report
-from .runs import resume_training, train_model, tune_model
+from .runs import plan_training, resume_training, train_model, tune_model
 from .settings import TrainSettings
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TrainingDivergedError",
     "console_report",
     "evaluate",
+    "plan_training",
     "resume_training",
     "train_model",
     "tune_model",

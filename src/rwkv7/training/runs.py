@@ -34,6 +34,7 @@ from .data import (
     Text,
     TokenData,
     chat_digest,
+    count_tokens,
     find_text,
     open_chat,
     open_data,
@@ -47,8 +48,9 @@ from .optim import make_optimizer
 from .report import Report, ReportToAll
 from .settings import TrainSettings, resumed_settings, tuning_settings
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
+from .watch.plan import Plan, make_plan
 
-__all__ = ["choose_device", "resume_training", "train_model", "tune_model"]
+__all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
 
 _LEFTOVER = re.compile(
     r"lock|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
@@ -85,27 +87,9 @@ def train_model(
         OSError: a file could not be written; earlier checkpoints are whole.
         TrainingDivergedError: NaN or infinity; the last good checkpoint stays.
     """
-    device = choose_device(device)
-    settings = _with_dtype(settings, device)
-    if settings.tune != "full":
-        raise ValueError(
-            f"tune: {settings.tune!r} is for a model that exists; say which with --from"
-        )
-    config = ModelConfig.from_sizes(
-        vocab_size=get_tokenizer(settings.tokenizer).vocab_size,
-        width=settings.width,
-        layers=settings.layers,
-        head_size=settings.head_size,
-    )
-
-    def make() -> Tuning:
-        model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=device)
-        initialise_(model, torch.Generator().manual_seed(settings.seed))
-        return Tuning(model)
-
+    begin = _new_model(settings, choose_device(device), find_text(texts, exclude=out))
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    begin = _Beginning(settings, find_text(texts, exclude=out), held_out_text, out, save)
-    return begin.run(make, report or Report(), on_step)
+    return begin.run(out, held_out_text, report or Report(), on_step, save)
 
 
 def tune_model(
@@ -136,15 +120,32 @@ def tune_model(
     Raises what `train_model` and `rwkv7.weights.load_model` raise; ValueError too for sizes that
     are not the model's.
     """
-    device = choose_device(device)
-    tune = TrainSettings.from_dict({**given}).tune  # says what is wrong before the model is read
+    begin = _tuned_model(base, given, choose_device(device), find_text(texts, exclude=out))
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    text = find_text(texts, exclude=out)
-    auto = _with_dtype(TrainSettings(tune=tune, dtype=given.get("dtype", "auto")), device)
-    model, origin = open_base(base, device, weights_dtype(auto))
-    settings = _with_dtype(tuning_settings(given, model.config), device)
-    begin = _Beginning(settings, text, held_out_text, out, save)
-    return begin.run(lambda: make_tuning(settings, model, origin), report or Report(), on_step)
+    return begin.run(out, held_out_text, report or Report(), on_step, save)
+
+
+def plan_training(
+    given: Mapping[str, Any],
+    texts: Sequence[Path],
+    *,
+    base: Path | None = None,
+    device: str | torch.device | None = None,
+) -> Plan:
+    """What a run with these settings would take; writes nothing.
+
+    Args: as for `tune_model`, or, where `base` is None, for a new model.
+
+    Raises what `train_model` and `tune_model` raise before they write anything.
+    """
+    device, text = choose_device(device), find_text(texts)
+    if base is None:
+        begin = _new_model(TrainSettings.from_dict(given), device, text)
+    else:
+        begin = _tuned_model(base, given, device, text)
+    settings = begin.settings
+    tokens = None if settings.chat else count_tokens(text, get_tokenizer(settings.tokenizer))
+    return make_plan(settings, begin.parameters, begin.make, device, tokens)
 
 
 def resume_training(
@@ -194,33 +195,68 @@ def resume_training(
 
 @dataclass(frozen=True, slots=True)
 class _Beginning:
-    """What a run begins with but for its model, all of it checked before anything is written."""
+    """What a run begins with: `make` gives the model, which has so many parameters."""
 
     settings: TrainSettings
     text: Text
-    held_out_text: Text | None
-    out: Path
-    save: Path | None
+    make: Callable[[], Tuning]
+    parameters: int
 
     def run(
-        self, make: Callable[[], Tuning], report: Report, on_step: OnStep | None
+        self,
+        out: Path,
+        held_out_text: Text | None,
+        report: Report,
+        on_step: OnStep | None,
+        save: Path | None,
     ) -> TrainResult:
-        """Prepares the text, has `make` give the model, and trains."""
-        settings, out = self.settings, self.out
+        """Prepares the text, makes the model, and trains."""
+        settings = self.settings
         tokenizer = get_tokenizer(settings.tokenizer)
-        _check_save(self.save)
+        _check_save(save)
         report = _with_board(report, settings, out)
         with _new_run(out):
             prepare = prepare_chat if settings.chat else prepare_data
-            data = prepare(
-                self.text, out / "data", tokenizer, settings.held_out, self.held_out_text
-            )
-            tuning = make()
+            data = prepare(self.text, out / "data", tokenizer, settings.held_out, held_out_text)
+            tuning = self.make()
             optimizer = make_optimizer(tuning.trained, settings)
             run = Run(out, settings, data, tuning, optimizer)
             # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
             save_checkpoint(out, tuning, optimizer, settings, 0)
-            return _finish(run.go_on(report, on_step), tuning, out, self.save, report)
+            return _finish(run.go_on(report, on_step), tuning, out, save, report)
+
+
+def _new_model(settings: TrainSettings, device: torch.device, text: Text) -> _Beginning:
+    settings = _with_dtype(settings, device)
+    if settings.tune != "full":
+        raise ValueError(
+            f"tune: {settings.tune!r} is for a model that exists; say which with --from"
+        )
+    config = ModelConfig.from_sizes(
+        vocab_size=get_tokenizer(settings.tokenizer).vocab_size,
+        width=settings.width,
+        layers=settings.layers,
+        head_size=settings.head_size,
+    )
+    empty = RWKV7(config, dtype=torch.float32, device="meta")
+
+    def make() -> Tuning:
+        model = empty.to_empty(device=device)
+        initialise_(model, torch.Generator().manual_seed(settings.seed))
+        return Tuning(model)
+
+    return _Beginning(settings, text, make, sum(x.numel() for x in empty.parameters()))
+
+
+def _tuned_model(
+    base: Path, given: Mapping[str, Any], device: torch.device, text: Text
+) -> _Beginning:
+    known = {name: given[name] for name in ("tune", "dtype") if name in given}
+    auto = _with_dtype(TrainSettings(**known), device)
+    model, origin = open_base(base, device, weights_dtype(auto))
+    settings = _with_dtype(tuning_settings(given, model.config), device)
+    parameters = sum(x.numel() for x in model.parameters())
+    return _Beginning(settings, text, lambda: make_tuning(settings, model, origin), parameters)
 
 
 def _finish(

@@ -4,7 +4,7 @@ from .binidx import CorpusSize, corpus_prefix, open_corpus, write_corpus
 from .build import build_corpus
 from .chat import ChatData, Conversations, chat_digest, open_chat, prepare_chat
 from .corpus import Corpus, Tokens
-from .prepared import DataInfo, TokenData, open_data, prepare_data
+from .prepared import DataInfo, TokenData, count_tokens, open_data, prepare_data
 from .records import BadRecords
 from .text import Text, find_text, text_digest
 
@@ -21,6 +21,7 @@ __all__ = [
     "build_corpus",
     "chat_digest",
     "corpus_prefix",
+    "count_tokens",
     "find_text",
     "open_chat",
     "open_corpus",
