@@ -20,6 +20,7 @@ from rwkv7.training import (
     checkpoint,
     loop,
     resume_training,
+    step,
     train_model,
 )
 from rwkv7.training.log import read_log
@@ -143,6 +144,27 @@ def test_a_run_that_diverges_names_step_batch_and_tensor_and_keeps_its_weights(
     assert resume_training(run, device=CPU).finished
 
 
+def test_a_step_whose_loss_is_no_number_changes_no_weight(
+    tmp_path: Path, text: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, runs, kept = step.next_token_loss, [], []
+    begin = loop.Run.__init__
+    monkeypatch.setattr(
+        loop.Run, "__init__", lambda self, *given: (begin(self, *given), runs.append(self))[0]
+    )
+
+    def poisoned(*given: object) -> Tensor:
+        kept.append([p.detach().clone() for p in runs[0].model.parameters()])
+        return real(*given) * (math.nan if len(kept) == 3 else 1)
+
+    monkeypatch.setattr(step, "next_token_loss", poisoned)
+    with pytest.raises(TrainingDivergedError, match="the loss is nan .* nothing when the step was"):
+        train_model(settings, [text], tmp_path / "run", device=CPU)
+    assert not torch.equal(kept[1][0], kept[2][0])
+    for before, now in zip(kept[2], runs[0].model.parameters(), strict=True):
+        assert torch.equal(before, now)
+
+
 def test_samples_come_on_the_way_and_change_nothing(
     tmp_path: Path, text: Path, settings: TrainSettings
 ) -> None:
@@ -160,9 +182,9 @@ def test_samples_come_on_the_way_and_change_nothing(
     train_model(settings, [text], plain, device=CPU)
     assert [step for step, _ in heard.samples] == [3, 6]
     written = (run / "samples.txt").read_text(encoding="utf-8")
-    for step, sample in heard.samples:
+    for number, sample in heard.samples:
         assert sample.startswith("the ") and len(sample.encode(errors="replace")) > 60
-        assert f"step {step}\n{sample}\n" in written
+        assert f"step {number}\n{sample}\n" in written
     assert [x["sample"] for x in read_log(run / "log.jsonl") if "sample" in x] == [
         sample for _, sample in heard.samples
     ]
