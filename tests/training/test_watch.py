@@ -147,17 +147,17 @@ def test_a_run_that_diverges_names_step_batch_and_tensor_and_keeps_its_weights(
 def test_a_step_whose_loss_is_no_number_changes_no_weight(
     tmp_path: Path, text: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, runs, kept = step.next_token_loss, [], []
+    real, runs, kept = step.batch_gradients, [], []
     begin = loop.Run.__init__
     monkeypatch.setattr(
         loop.Run, "__init__", lambda self, *given: (begin(self, *given), runs.append(self))[0]
     )
 
-    def poisoned(*given: object) -> Tensor:
+    def poisoned(*given: object, **options: object) -> Tensor:
         kept.append([p.detach().clone() for p in runs[0].model.parameters()])
-        return real(*given) * (math.nan if len(kept) == 3 else 1)
+        return real(*given, **options) * (math.nan if len(kept) == 3 else 1)
 
-    monkeypatch.setattr(step, "next_token_loss", poisoned)
+    monkeypatch.setattr(step, "batch_gradients", poisoned)
     with pytest.raises(TrainingDivergedError, match="the loss is nan .* nothing when the step was"):
         train_model(settings, [text], tmp_path / "run", device=CPU)
     assert not torch.equal(kept[1][0], kept[2][0])
