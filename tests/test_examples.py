@@ -45,6 +45,31 @@ def test_recall_across_windows(capsys, tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_pretrain_from_zero(capsys):
+    printed = run("pretrain_from_zero", capsys, steps=4)
+    assert "step 2 writes: 'And the " in printed
+    assert "checkpoints, data, log.jsonl, loss.png, samples.txt" in printed
+
+
+def test_continue_checkpoint(capsys):
+    printed = run("continue_checkpoint", capsys, steps=3)
+    assert "the same names and shapes: True torch.bfloat16" in printed
+
+
+def test_state_tuning(capsys):
+    printed = run("state_tuning", capsys, steps=12)
+    assert "the model is untouched: True" in printed
+    before, after = re.search(r"loss on the answer: (\S+) before, (\S+) after", printed).groups()
+    assert float(after) < float(before)
+
+
+def test_classify_series(capsys):
+    printed = run("classify_series", capsys, steps=30)
+    assert int(re.search(r"told right: (\d+)%", printed)[1]) >= 80
+    (difference,) = differences(printed)
+    assert difference < 1e-3
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_a_script_that_says_what_it_shows(path):
     text = path.read_text(encoding="utf-8")

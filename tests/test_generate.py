@@ -13,7 +13,7 @@ from talking_model import REFRAIN, talking_model
 from rwkv7 import generate as module
 from rwkv7.generate import Session, generate
 from rwkv7.sampling import Sampler
-from rwkv7.state import ModelState
+from rwkv7.state import ModelState, save_tuned
 
 LENGTH = 26  # two refrains and a bit: cuts fall between and inside characters of 2, 3 and 4 bytes
 PROMPT = list("so: aé".encode())
@@ -278,3 +278,22 @@ def test_a_failed_save_leaves_the_old_session_whole(saved, model, monkeypatch):
         Session(sampler(1.0)).save(saved, model)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["session"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_tuned_state_begins_a_text(model, tmp_path, suffix):
+    state = ModelState.zeros(model.config, 1, model.dtype)
+    for layer in state.layers:
+        layer.wkv.normal_(generator=torch.Generator().manual_seed(3))
+    path = tmp_path / f"tuned{suffix}"
+    save_tuned(state, path)
+    session = Session.load(path, model)
+    assert session.token is None
+    for layer, wanted in zip(session.state.layers, state.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(layer, wanted, strict=True))
+    session.feed(model, [1, 2])
+    whole = list(generate(model, [1, 2], state, Sampler(seed=session.sampler.seed), 8))
+    assert list(session.run(model, 8)) == whole
+    torch.save({"blocks.0.att.time_state": torch.zeros(1, 2, 2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: .*is missing|expected \[H, V, K\]"):
+        Session.load(tmp_path / "other.pth", model)

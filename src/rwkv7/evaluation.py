@@ -40,13 +40,16 @@ class Score:
 
 @torch.no_grad()
 def carried_bits(
-    model: RWKV7, tokens: np.ndarray | Sequence[int], window: int = CARRIED_WINDOW
+    model: RWKV7,
+    tokens: np.ndarray | Sequence[int],
+    state: ModelState | None = None,
+    window: int = CARRIED_WINDOW,
 ) -> float:
-    """The bits of all tokens but the first, read in one go from an empty state.
+    """The bits of all tokens but the first, read in one go from `state`, None for an empty one.
 
     `window` is how many tokens the model gets at a time; the state is carried on to the next ones.
     """
-    bits, state, last = 0.0, None, len(tokens) - 1
+    bits, last = 0.0, len(tokens) - 1
     window = min(window, max(1, LOGITS_AT_ONCE // model.config.vocab_size))
     for start in range(0, last, window):
         stop = min(start + window, last)
@@ -57,7 +60,7 @@ def carried_bits(
 
 
 def summed_bits(logits: Tensor, targets: Tensor) -> float:
-    """The bits that logits [B, T, V] charge for targets [B, T], summed."""
+    """The bits that logits [B, T, V] charge for targets [B, T], summed; nothing for -100."""
     flat = logits.flatten(0, 1).to(wide_dtype(logits.dtype))
     return functional.cross_entropy(flat, targets.flatten(), reduction="sum").item() / math.log(2)
 

@@ -20,7 +20,7 @@ from .files import json_object, write_atomically
 from .fingerprint import fingerprint
 from .nn import RWKV7
 from .sampling import Sampler
-from .state import ModelState
+from .state import ModelState, load_tuned
 
 _VERSION = 1  # of what a session file holds beside the state
 # Tokens of a prompt read in one call; bounds the memory that a long prompt takes.
@@ -125,6 +125,7 @@ class Session:
         """Read what `save` wrote, for the same model, on its device. Nothing in it is executed.
 
         A file of `ModelState.save` will do too: a text that has a past, and starts with a prompt.
+        So will a tuned state of the community, .pth or .safetensors, with which a text begins.
 
         Raises:
             ValueError: not a session, a broken one, or one of another model; says what differs.
@@ -132,12 +133,16 @@ class Session:
         """
         path = Path(path)
         path.open("rb").close()  # a missing or unreadable file is an OSError, whoever reads it
+        if path.suffix == ".pth":
+            return _tuned(path, model)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: not a session, or a truncated one ({error})") from None
+        if any(name.endswith(".att.time_state") for name in tensors):
+            return _tuned(path, model)
         try:
             state = _placed(ModelState.from_tensors(tensors, metadata, model.config), model)
             if "session" not in metadata:
@@ -151,6 +156,10 @@ def _check_ids(model: RWKV7, tokens: Sequence[int]) -> None:
     V = model.config.vocab_size
     if wrong := [token for token in tokens if not 0 <= token < V]:
         raise ValueError(f"tokens: expected ids from 0 to {V - 1}, found {wrong[0]}")
+
+
+def _tuned(path: Path, model: RWKV7) -> Session:
+    return Session(Sampler(), _placed(load_tuned(path, model.config, model.dtype), model))
 
 
 def _placed(state: ModelState, model: RWKV7) -> ModelState:

@@ -59,6 +59,30 @@ def device_name(device: torch.device) -> str:
     return _processor()
 
 
+# Dense products in 16 bits with sums in fp32, operations a second, by a part of the card's name.
+# The first that fits counts. From NVIDIA's data sheets and architecture papers, without sparsity.
+_PEAKS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H200 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most operations a second of the device's matrix units in `dtype`; None if unknown."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = device_name(device)
+    return next((peak for part, peak in _PEAKS if part in name), None)
+
+
 def package_version(name: str) -> str | None:
     """The installed version of a distribution, or None."""
     try:

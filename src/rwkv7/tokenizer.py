@@ -15,7 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ByteTokenizer", "StreamDecoder", "Tokenizer", "WorldTokenizer", "get_tokenizer"]
+__all__ = [
+    "ByteTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "WorldTokenizer",
+    "get_tokenizer",
+    "tokenizer_of",
+]
 
 # Bytes that are not UTF-8, as Python's "surrogateescape" stands for them in a str.
 _ESCAPED = re.compile("([\udc80-\udcff]+)")
@@ -141,6 +148,18 @@ def get_tokenizer(name: str) -> Tokenizer:
     raise ValueError(
         f"tokenizer: expected one of {known}, or the path of a tokenizer.json, found {name!r}"
     )
+
+
+def tokenizer_of(vocab_size: int) -> Tokenizer:
+    """The tokenizer that a model with so many tokens was trained with, going by the number alone.
+
+    Raises ValueError for a number that belongs to none, or where its package is not installed.
+    """
+    for name, kind in _TOKENIZERS.items():
+        if kind.vocab_size == vocab_size:
+            return get_tokenizer(name)
+    known = ", ".join(f"{kind.vocab_size} ({name})" for name, kind in _TOKENIZERS.items())
+    raise ValueError(f"model: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
 
 
 class StreamDecoder:

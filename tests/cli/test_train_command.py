@@ -11,6 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from rwkv7 import RWKV7, ModelConfig, save_model
 from rwkv7.cli.train import train
 from rwkv7.training import TrainSettings
 from rwkv7.training.checkpoint import newest_checkpoint
@@ -62,11 +63,61 @@ def test_train_stop_resume(
     assert "expected at least one file" in str(result.exception)
 
 
+def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
+    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text("in the beginning was the word, " * 20)
+    call = [str(text), "--out", str(run), "--dry-run", "--steps", "5", *SMALL]
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    model = RWKV7(ModelConfig.from_sizes(vocab_size=256, width=8, layers=1, head_size=8))
+    parameters = sum(x.numel() for x in model.parameters())
+    assert f"parameters   {parameters:,}, of which {parameters:,} are trained" in result.output
+    for part in ("weights", "gradients"):
+        assert f"{part} {4 * parameters / 1024:.0f} KiB" in result.output
+    assert f"moments {8 * parameters / 1024:.0f} KiB, activations " in result.output
+    assert "tokens       80 in 5 steps of 16" in result.output
+    assert "about 620, read 0.13 times" in result.output and "tokens/s" in result.output
+    # Of a model that is tuned, only what is trained has gradients and moments.
+    save_model(model, tmp_path / "base.pth")
+    tuned = [*call[:4], "--device", "cpu", "--from", str(tmp_path / "base.pth"), "--tune", "state"]
+    result = CliRunner().invoke(app, tuned)
+    assert f"parameters   {parameters + 64:,}, of which 64 are trained" in result.output
+    assert "gradients 256 B, moments 512 B" in result.output
+    # What cannot fit is told without making it.
+    monkeypatch.setattr("rwkv7.training.watch.plan._free_memory", lambda _: 1000)
+    result = CliRunner().invoke(app, call)
+    assert "activations not known" in result.output
+    assert "time         not known: the model does not fit" in result.output
+    (tmp_path / "base.pth").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+    result = CliRunner().invoke(app, [*call, "--resume"])
+    assert isinstance(result.exception, ValueError) and "leave --resume out" in str(
+        result.exception
+    )
+
+
+def test_from_and_save(app: typer.Typer, tmp_path: Path) -> None:
+    text, base, run = tmp_path / "a.txt", tmp_path / "base.pth", tmp_path / "run"
+    text.write_text("in the beginning was the word, " * 20)
+    save_model(RWKV7(ModelConfig.from_sizes(vocab_size=256, width=8, layers=2, head_size=8)), base)
+    call = [str(text), "--from", str(base), "--out", str(run), "--steps", "2", "--window", "8"]
+    tuned = [*call, "--device", "cpu", "--tune", "state", "--save", str(tmp_path / "mine.pth")]
+    result = CliRunner().invoke(app, tuned)
+    assert result.exit_code == 0, result.output
+    for path in (run / "state.pth", run / "state.safetensors", tmp_path / "mine.pth"):
+        assert path.is_file() and f"written: {path}" in result.output.replace("\n", "")
+    result = CliRunner().invoke(app, [*call, "--width", "16"])
+    assert isinstance(result.exception, ValueError) and "width: the model" in str(result.exception)
+
+
 def test_divergence_is_one_line_and_no_traceback(
     app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "rwkv7.training.loop.batch_gradients", lambda *given, **options: torch.tensor(math.inf)
+        "rwkv7.training.step.batch_gradients", lambda *given, **options: torch.tensor(math.inf)
     )
     (tmp_path / "a.txt").write_text("in the beginning was the word, " * 20)
     result = CliRunner().invoke(

@@ -17,9 +17,10 @@ from rwkv7.nn import RWKV7
 from rwkv7.training import TrainSettings, checkpoint
 from rwkv7.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from rwkv7.training.optim import make_optimizer
+from rwkv7.training.tuning import Tuning, whole
 
 CPU = torch.device("cpu")
-Trained = tuple[RWKV7, torch.optim.AdamW]
+Trained = tuple[Tuning, torch.optim.AdamW]
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def trained(settings: TrainSettings) -> Trained:
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    return model, optimizer
+    return Tuning(model), optimizer
 
 
 def test_everything_comes_back(tmp_path: Path, trained: Trained, settings: TrainSettings) -> None:
-    model, optimizer = trained
-    path = save_checkpoint(tmp_path, model, optimizer, settings, 2)
+    tuning, optimizer = trained
+    path = save_checkpoint(tmp_path, tuning, optimizer, settings, 2)
     assert path == tmp_path / "checkpoints" / "step-00000002"
     found = newest_checkpoint(tmp_path)
     assert found is not None and (found.path, found.step) == (path, 2)
@@ -44,7 +45,8 @@ def test_everything_comes_back(tmp_path: Path, trained: Trained, settings: Train
     loaded, restored = load_checkpoint(found, CPU)
     assert_same(trained, (loaded, restored))
     # The next step, too, is the same.
-    for one, other in zip(model.parameters(), loaded.parameters(), strict=True):
+    both = (x.model.parameters() for x in (tuning, loaded))
+    for one, other in zip(*both, strict=True):
         one.grad = torch.ones_like(one)
         other.grad = torch.ones_like(other)
     optimizer.step()
@@ -81,7 +83,7 @@ def test_a_full_disk_leaves_the_old_one_whole(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, failing, full)
+    monkeypatch.setattr(whole if failing == "save_model" else checkpoint, failing, full)
     with pytest.raises(OSError, match=r"step-00000002: .*No space left on device.* are whole"):
         save_checkpoint(tmp_path, *trained, settings, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
@@ -118,14 +120,14 @@ def test_moments_of_another_model_are_refused(
     wide = RWKV7(ModelConfig.from_sizes(vocab_size=256, width=32, layers=2, head_size=8))
     found = newest_checkpoint(tmp_path)
     assert found is not None
-    checkpoint.save_model(wide, found.path / "model.safetensors")
+    whole.save_model(wide, found.path / "model.safetensors")
     with pytest.raises(ValueError, match="expected the shape"):
         load_checkpoint(found, CPU)
 
 
 def assert_same(one: Trained, other: Trained) -> None:
     for (name, a), (_, b) in zip(
-        one[0].named_parameters(), other[0].named_parameters(), strict=True
+        one[0].trained.named_parameters(), other[0].trained.named_parameters(), strict=True
     ):
         assert torch.equal(a, b), name
     first, second = (checkpoint._moments(optimizer) for _, optimizer in (one, other))

@@ -47,7 +47,9 @@ def by_hand(model: RWKV7, tokens: np.ndarray) -> float:
 def test_carried_is_one_pass_whatever_the_window(
     model: RWKV7, tokens: np.ndarray, window: int
 ) -> None:
-    assert carried_bits(model, tokens, window) == pytest.approx(by_hand(model, tokens), rel=1e-5)
+    assert carried_bits(model, tokens, window=window) == pytest.approx(
+        by_hand(model, tokens), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("window", [1, 7, 13, 52, 100])

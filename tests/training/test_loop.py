@@ -29,6 +29,7 @@ from rwkv7.training.checkpoint import newest_checkpoint
 from rwkv7.training.data import find_text, prepare_data
 from rwkv7.training.loss import L2_WRAP
 from rwkv7.training.optim import learning_rate, make_optimizer
+from rwkv7.training.tuning import Tuning
 
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -62,7 +63,7 @@ def one_step(
 ) -> tuple[loop.Run, Tensor, Tensor, float]:
     """A run one step on, and the inputs, targets and loss of the step."""
     data = prepare_data(find_text([text]), folder / "data", get_tokenizer("byte"))
-    run = loop.Run(folder, settings, data, model, make_optimizer(model, settings))
+    run = loop.Run(folder, settings, data, Tuning(model), make_optimizer(model, settings))
     batch = run.source.batch(0)
     return run, batch.inputs, batch.targets, run._train_step().loss
 

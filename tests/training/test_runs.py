@@ -19,8 +19,8 @@ from rwkv7.training import (
     TrainingDivergedError,
     TrainSettings,
     checkpoint,
-    loop,
     resume_training,
+    step,
     train_model,
 )
 from rwkv7.training.batch import Batch
@@ -204,13 +204,13 @@ def test_a_second_process_is_refused(tmp_path: Path, text: Path, settings: Train
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, text: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.batch_gradients, []
+    real, calls = step.batch_gradients, []
 
     def poisoned(*given: object, **options: object) -> torch.Tensor:
         calls.append(given)
         return real(*given, **options) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(loop, "batch_gradients", poisoned)
+    monkeypatch.setattr(step, "batch_gradients", poisoned)
     settings = dataclasses.replace(settings, save_every=2)
     with pytest.raises(TrainingDivergedError, match=r"at step 6: the loss is nan.* of step 4"):
         train_model(settings, [text], tmp_path / "run", device=CPU)

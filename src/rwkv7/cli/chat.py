@@ -15,10 +15,10 @@ from rwkv7.chat import TEMPLATES, Chat
 from rwkv7.generate import Session
 from rwkv7.nn import RWKV7
 from rwkv7.sampling import Sampler
-from rwkv7.tokenizer import Tokenizer
+from rwkv7.tokenizer import Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import asked_to_stop, read_model, say, show_whatever_comes, tokenizer_of
+from .terminal import asked_to_stop, read_model, say, show_whatever_comes
 
 _SUFFIX = ".chat.safetensors"
 _HELP = f"""\

@@ -17,6 +17,8 @@ _EXTRAS = {
     "pyrwkv-tokenizer": "the World tokenizer: pip install 'rwkv7[world]'",
     "pyarrow": "Parquet and Arrow files: pip install 'rwkv7[data]'",
     "tokenizers": "tokenizer.json files: pip install 'rwkv7[tokenizers]'",
+    "peft": "train --tune lora: pip install 'rwkv7[peft]'",
+    "tensorboard": "train --tensorboard: pip install 'rwkv7[tensorboard]'",
     "rwkv": "verify --against rwkv: pip install 'rwkv7[peers]'",
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",
 }

@@ -10,8 +10,9 @@ import typer
 
 from rwkv7.evaluation_tasks import evaluate_file
 from rwkv7.files import check_destination, write_atomically
+from rwkv7.tokenizer import tokenizer_of
 
-from .terminal import read_model, say, tokenizer_of
+from .terminal import read_model, say
 
 
 def eval(

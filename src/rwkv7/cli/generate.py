@@ -10,10 +10,10 @@ import typer
 
 from rwkv7.files import check_destination
 from rwkv7.generate import Session
-from rwkv7.tokenizer import StreamDecoder, Tokenizer
+from rwkv7.tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import asked_to_stop, read_model, say, show_whatever_comes, tokenizer_of
+from .terminal import asked_to_stop, read_model, say, show_whatever_comes
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
@@ -27,7 +27,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="How many tokens at most.")] = 256,
     state_in: Annotated[
-        Path | None, typer.Option(help="Go on from a session; --prompt is appended to it.")
+        Path | None,
+        typer.Option(help="A session to go on from, or a tuned state to begin with."),
     ] = None,
     state_out: Annotated[
         Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C.")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rwkv7.machine import device_called
 from rwkv7.nn import RWKV7
-from rwkv7.tokenizer import Tokenizer, get_tokenizer
 from rwkv7.weights import load_model
 
 
@@ -25,15 +24,6 @@ def read_model(path: Path, device: str | None) -> RWKV7:
         f"({time.perf_counter() - start:.1f} s)"
     )
     return network
-
-
-def tokenizer_of(vocab_size: int) -> Tokenizer:
-    """The one that goes with a vocabulary of this size; ValueError where none is known."""
-    names = {256: "byte", 65536: "world"}
-    if vocab_size not in names:
-        known = ", ".join(f"{size} ({name})" for size, name in names.items())
-        raise ValueError(f"MODEL: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
-    return get_tokenizer(names[vocab_size])
 
 
 @contextlib.contextmanager

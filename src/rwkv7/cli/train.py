@@ -10,7 +10,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +18,94 @@ import typer
 from rich.console import Console
 
 from rwkv7.training import (
+    Report,
     TrainingDivergedError,
     TrainResult,
     TrainSettings,
     console_report,
+    plan_training,
     resume_training,
     train_model,
+    tune_model,
 )
 
 __all__ = ["train"]
 
 
-def _train(
-    texts: list[Path] | None,
-    out: Path,
-    resume: bool,
-    held_out_file: Path | None,
-    device: str | None,
-    given: dict[str, Any],
-) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """What the command line says beside the settings; field names are the parameters'."""
+
+    texts: list[Path] | None
+    out: Path
+    resume: bool
+    base: Path | None
+    save: Path | None
+    held_out_file: Path | None
+    device: str | None
+    dry_run: bool
+
+
+def _train(call: _Call, given: dict[str, Any]) -> None:
     """Train a model on text: files, and folders with all the text files in them.
 
     Files are read as bytes, UTF-8 or not; in folders hidden and binary files are left out. The end
-    of the text is held out and never trained on. Ctrl-C finishes the step and saves; go on with
-    --resume, for which OUT is enough.
+    of the text is held out and never trained on. With --from a model that exists is trained on, all
+    of it or what --tune names. Ctrl-C finishes the step and saves; go on with --resume, for which
+    OUT is enough.
     """
-    report = console_report(Console())
+    if call.dry_run:
+        _plan(call, given)
+        return
     try:
-        if resume:
-            result = resume_training(
-                out,
-                given,
-                texts or (),
-                held_out_file=held_out_file,
-                device=device,
-                report=report,
-            )
-        else:
-            result = train_model(
-                TrainSettings(**given),
-                texts or (),
-                out,
-                held_out_file=held_out_file,
-                device=device,
-                report=report,
-            )
+        result = _run(call, given, console_report(Console()))
     except TrainingDivergedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    _tell(result, out)
+    _tell(result, call.out)
+
+
+def _plan(call: _Call, given: dict[str, Any]) -> None:
+    if call.resume:
+        raise ValueError("dry_run: tells of a run that begins; leave --resume out")
+    plan = plan_training(given, call.texts or (), base=call.base, device=call.device)
+    print("\n".join(plan.lines()))
+
+
+def _run(call: _Call, given: dict[str, Any], report: Report) -> TrainResult:
+    texts, out, held_out_file = call.texts or (), call.out, call.held_out_file
+    device, save = call.device, call.save
+    if call.resume:
+        return resume_training(
+            out,
+            given,
+            texts,
+            held_out_file=held_out_file,
+            device=device,
+            report=report,
+            save=save,
+            base=call.base,
+        )
+    if call.base is not None:
+        return tune_model(
+            call.base,
+            given,
+            texts,
+            out,
+            held_out_file=held_out_file,
+            device=device,
+            report=report,
+            save=save,
+        )
+    return train_model(
+        TrainSettings(**given),
+        texts,
+        out,
+        held_out_file=held_out_file,
+        device=device,
+        report=report,
+        save=save,
+    )
 
 
 def _tell(result: TrainResult, out: Path) -> None:
@@ -77,40 +116,16 @@ def _tell(result: TrainResult, out: Path) -> None:
         print(f"go on with: rwkv7 train --out {out} --resume")
 
 
-def _with_settings(
-    verb: Callable[[list[Path] | None, Path, bool, Path | None, str | None, dict[str, Any]], None],
-) -> Callable[..., None]:
+def _with_settings(verb: Callable[[_Call, dict[str, Any]], None]) -> Callable[..., None]:
     """`verb` as typer wants to see it: with one option for each field of `TrainSettings`."""
+    names = {field.name for field in fields(_Call)}
 
-    def _command(
-        texts: list[Path] | None,
-        out: Path,
-        resume: bool,
-        held_out_file: Path | None,
-        device: str | None,
-        **settings: Any,
-    ) -> None:
-        given = {name: value for name, value in settings.items() if value is not None}
-        verb(texts, out, resume, held_out_file, device, given)
+    def _command(**given: Any) -> None:
+        call = _Call(**{name: given.pop(name) for name in names})
+        verb(call, {name: value for name, value in given.items() if value is not None})
 
     types = typing.get_type_hints(TrainSettings)
-    parameters = [
-        _parameter("texts", list[Path] | None, typer.Argument(None, help="Files and folders.")),
-        _parameter("out", Path, typer.Option(..., "--out", help="Folder of the run.")),
-        _parameter(
-            "resume", bool, typer.Option(False, "--resume", help="Go on with the run in OUT.")
-        ),
-        _parameter(
-            "held_out_file",
-            Path | None,
-            typer.Option(None, help="Evaluate on this file instead of the text's end."),
-        ),
-        _parameter(
-            "device",
-            str | None,
-            typer.Option(None, help='"cpu", "cuda", … (default: a GPU if there is one)'),
-        ),
-    ]
+    parameters = [_parameter(*option) for option in _OPTIONS]
     for setting in fields(TrainSettings):
         shown = "" if setting.default is None else f" (default: {setting.default})"
         option = typer.Option(None, help=setting.metadata["help"] + shown, show_default=False)
@@ -119,6 +134,42 @@ def _with_settings(
     _command.__annotations__ = {p.name: p.annotation for p in parameters}
     _command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return _command
+
+
+_OPTIONS: list[tuple[str, Any, Any]] = [
+    ("texts", list[Path] | None, typer.Argument(None, help="Files and folders.")),
+    ("out", Path, typer.Option(..., "--out", help="Folder of the run.")),
+    ("resume", bool, typer.Option(False, "--resume", help="Go on with the run in OUT.")),
+    (
+        "base",
+        Path | None,
+        typer.Option(None, "--from", help="Begin with this checkpoint, or the run in this folder."),
+    ),
+    (
+        "save",
+        Path | None,
+        typer.Option(
+            None, help="Write the result here at the end: .pth or .safetensors, official names."
+        ),
+    ),
+    (
+        "held_out_file",
+        Path | None,
+        typer.Option(None, help="Evaluate on this file instead of the text's end."),
+    ),
+    (
+        "dry_run",
+        bool,
+        typer.Option(
+            False, "--dry-run", help="Print parameters, memory, tokens and time; write nothing."
+        ),
+    ),
+    (
+        "device",
+        str | None,
+        typer.Option(None, help='"cpu", "cuda", … (default: a GPU if there is one)'),
+    ),
+]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -1,9 +1,9 @@
-"""Training on text: `train_model` begins a run, `resume_training` goes on with one."""
+"""Training on text: `train_model` and `tune_model` begin a run, `resume_training` goes on."""
 
 from .evaluate import Evaluation, evaluate
 from .loop import TrainingDivergedError, TrainResult
 from .report import Report, console_report
-from .runs import resume_training, train_model
+from .runs import plan_training, resume_training, train_model, tune_model
 from .settings import TrainSettings
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "TrainingDivergedError",
     "console_report",
     "evaluate",
+    "plan_training",
     "resume_training",
     "train_model",
+    "tune_model",
 ]

@@ -31,6 +31,11 @@ class Batch:
     cu_seqlens: Tensor | None = None
     fresh: bool = True
 
+    @property
+    def sequences(self) -> int:
+        """B, or S when packed."""
+        return len(self.inputs if self.cu_seqlens is None else self.cu_seqlens[1:])
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         offsets = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
@@ -52,3 +57,6 @@ class Source(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of the step (from 0), on the CPU."""
+
+    def where(self, step: int) -> str:
+        """Which part of the data the batch of the step is, in words for a person."""

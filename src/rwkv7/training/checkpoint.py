@@ -1,7 +1,8 @@
 """Checkpoints of a training run: whole or not there at all, and enough to go on bit for bit.
 
-RUN/checkpoints/step-00000123/ holds model.safetensors (official names, fp32), optimizer.safetensors
-(Adam's moments by parameter name) and training.json (settings, the step, what wrote it). No random
+RUN/checkpoints/step-00000123/ holds what was trained (of a whole model model.safetensors, official
+names, fp32; else what tuning/ writes), optimizer.safetensors (Adam's moments by parameter name) and
+training.json (settings, the step, what wrote it, the model that the run began from). No random
 generator is saved because none is in use after the start: the windows of a step follow from the
 seed and its number. Nothing in a checkpoint is ever executed.
 """
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from rwkv7.files import json_object
 from rwkv7.nn import RWKV7
-from rwkv7.weights import load_model, save_model
+from rwkv7.weights import load_model
 
 from .optim import make_optimizer
 from .settings import TrainSettings
+from .tuning import Base, Tuning, make_tuning, reopen_base, weights_dtype
 
 __all__ = ["Checkpoint", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
@@ -46,11 +48,12 @@ class Checkpoint:
     step: int
     settings: TrainSettings
     machine: dict[str, Any]
+    base: Base | None
 
 
 def save_checkpoint(
     run: Path,
-    model: RWKV7,
+    tuning: Tuning,
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
     step: int,
@@ -69,20 +72,22 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     partial.mkdir()
     try:
-        save_model(model, partial / MODEL, {"tokenizer": settings.tokenizer, "step": str(step)})
+        tuning.save(partial, {"tokenizer": settings.tokenizer, "step": str(step)})
         save_file(_moments(optimizer), partial / OPTIMIZER)
-        sizes = {name: (partial / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in written}
         training = {
             "format": FORMAT,
             "step": step,
             "tokenizer": settings.tokenizer,
             "settings": settings.to_dict(),
-            "machine": machine(model),
+            "machine": machine(tuning.model),
+            "base": tuning.base and tuning.base.to_dict(),
             "bytes": sizes,
         }
         (partial / TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-        for name in (MODEL, OPTIMIZER, TRAINING):
-            _flush(partial / name)
+        for path in (*written, partial / TRAINING):
+            _flush(path)
         if final.exists():  # left by an earlier run of the same step, perhaps damaged since
             shutil.rmtree(final)
         partial.rename(final)
@@ -109,22 +114,37 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
             training = json_object((path / TRAINING).read_bytes())
             if training["format"] != FORMAT:
                 raise ValueError(f"{path}: format {training['format']}, expected {FORMAT}")
-            sizes, writer = training["bytes"], dict(training["machine"])
-            if all((path / name).stat().st_size == sizes[name] for name in (MODEL, OPTIMIZER)):
+            sizes, writer = dict(training["bytes"]), dict(training["machine"])
+            whole = OPTIMIZER in sizes and len(sizes) > 1
+            if whole and all((path / name).stat().st_size == sizes[name] for name in sizes):
                 settings = TrainSettings.from_dict(training["settings"])
-                return Checkpoint(path=path, step=step, settings=settings, machine=writer)
+                origin = training.get("base")
+                base = None if origin is None else Base.from_dict(origin)
+                return Checkpoint(
+                    path=path, step=step, settings=settings, machine=writer, base=base
+                )
     return None
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, device: torch.device
-) -> tuple[RWKV7, torch.optim.AdamW]:
-    """The model (fp32) and the optimizer as they were saved.
+    checkpoint: Checkpoint, device: torch.device, elsewhere: Path | None = None
+) -> tuple[Tuning, torch.optim.AdamW]:
+    """What was trained (weights in fp32), in its model, and the optimizer as they were saved.
 
-    Raises ValueError when the files do not belong together, or a moment is missing.
+    A model that was only tuned is read from where the run found it, or from `elsewhere`.
+
+    Raises ValueError when the files do not belong together, a moment is missing, or the model that
+    was tuned is not there.
     """
-    model = load_model(checkpoint.path / MODEL, device=device, dtype=torch.float32)
-    optimizer = make_optimizer(model, checkpoint.settings)
+    settings, base, dtype = checkpoint.settings, checkpoint.base, weights_dtype(checkpoint.settings)
+    if settings.tune == "full":
+        model = load_model(checkpoint.path / MODEL, device=device, dtype=dtype)
+    elif base is None:
+        raise ValueError(f"{checkpoint.path}: it does not say which model was tuned")
+    else:
+        model, base = reopen_base(base, device, dtype, elsewhere)
+    tuning = make_tuning(settings, model, base, checkpoint.path)
+    optimizer = make_optimizer(tuning.trained, settings)
     path = checkpoint.path / OPTIMIZER
     try:
         moments = load_file(path, device=str(device))
@@ -139,7 +159,7 @@ def load_checkpoint(
     if unknown := sorted(moments.keys() - known):
         raise ValueError(f"{path}: unknown tensors {', '.join(unknown[:3])}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    return model, optimizer
+    return tuning, optimizer
 
 
 def _moments_of(

@@ -7,6 +7,7 @@ other and beside those of a compressor.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,26 +16,39 @@ from torch import Tensor
 
 from rwkv7.evaluation import LOGITS_AT_ONCE, carried_bits, summed_bits
 from rwkv7.nn import RWKV7
+from rwkv7.state import ModelState
 from rwkv7.tokenizer import Tokenizer
 
-from .data import Tokens
+from .batch import IGNORED
+from .data import Conversations, Tokens
 
-__all__ = ["Evaluation", "dropped_bits", "evaluate"]
+__all__ = ["Evaluation", "dropped_bits", "evaluate", "evaluate_answers"]
 
 DROPPED_TOKENS = 8192  # of windows whose state is dropped, read side by side, or LOGITS_AT_ONCE
+
+Initial = Callable[[int], "ModelState | None"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Bits per byte with the state carried and with it dropped at every window; bytes read."""
+    """Bits per byte with the state carried and with it dropped at every window; bytes read.
+
+    Of conversations the bytes are what the assistant says, and nothing is dropped (None).
+    """
 
     carried: float
-    dropped: float
+    dropped: float | None
     bytes: int
 
 
 def evaluate(
-    model: RWKV7, tokens: Tokens, tokenizer: Tokenizer, *, window: int, size: int | None = None
+    model: RWKV7,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    *,
+    window: int,
+    size: int | None = None,
+    initial: Initial | None = None,
 ) -> Evaluation:
     """Reads held-out `tokens` in both ways.
 
@@ -48,6 +62,7 @@ def evaluate(
         tokenizer: what the text was tokenized with.
         window: tokens after which the second way drops the state, those of a training window.
         size: bytes of the text, where known; else the tokens are decoded to count them.
+        initial: gives the state that so many texts begin with; None means empty ones.
     """
     if len(tokens) == 0:
         raise ValueError("tokens: expected at least one held-out token, found none")
@@ -57,15 +72,53 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        carried = first + carried_bits(model, tokens)
-        dropped = first + dropped_bits(model, tokens, window)
+        carried = first + carried_bits(model, tokens, initial and initial(1))
+        dropped = first + dropped_bits(model, tokens, window, initial)
     finally:
         model.train(was_training)
     return Evaluation(carried=carried / size, dropped=dropped / size, bytes=size)
 
 
 @torch.no_grad()
-def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
+def evaluate_answers(
+    model: RWKV7,
+    conversations: Conversations,
+    tokenizer: Tokenizer,
+    most: int | None = None,
+    initial: Initial | None = None,
+) -> Evaluation:
+    """Reads held-out conversations, each from its beginning, and charges what is learnt of them.
+
+    Args:
+        model: set to evaluation for the time being.
+        conversations: at least one.
+        most: tokens after which no other conversation is begun; None reads all.
+        tokenizer, initial: as for `evaluate`.
+    """
+    was_training = model.training
+    model.eval()
+    bits, size, read = 0.0, 0, 0
+    for number in range(len(conversations)):
+        if most is not None and read >= most:
+            break
+        tokens = conversations.tokens.document(number)
+        learnt = conversations.learnt.document(number)[1:]
+        row, state = _to_device(tokens, model), initial and initial(1)
+        targets = row[1:].masked_fill(torch.from_numpy(learnt == 0).to(row.device), IGNORED)
+        step = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+        for start in range(0, len(targets), step):
+            logits, state = model(row[None, :-1][:, start : start + step], state)
+            bits += summed_bits(logits, targets[None, start : start + step])
+        size += len(tokenizer.decode_bytes(tokens[1:][learnt != 0].tolist()))
+        read += len(tokens)
+    model.train(was_training)
+    return Evaluation(carried=bits / max(1, size), dropped=None, bytes=size)
+
+
+@torch.no_grad()
+def dropped_bits(
+    model: RWKV7, tokens: Tokens, window: int, initial: Initial | None = None
+) -> float:
     """The bits of all tokens but the first when every `window` tokens the state is dropped."""
     last = len(tokens) - 1
     whole = last // window
@@ -75,15 +128,16 @@ def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
     for first in range(0, whole, rows):
         some = range(first, min(first + rows, whole))
         windows = np.stack([tokens[i * window : (i + 1) * window + 1] for i in some])
-        bits += _window_bits(model, windows)
+        bits += _window_bits(model, windows, initial)
     if whole * window < last:
-        bits += _window_bits(model, tokens[None, whole * window :])
+        bits += _window_bits(model, tokens[None, whole * window :], initial)
     return bits
 
 
-def _window_bits(model: RWKV7, windows: np.ndarray) -> float:
+def _window_bits(model: RWKV7, windows: np.ndarray, initial: Initial | None) -> float:
     tokens = _to_device(windows, model)
-    return summed_bits(model(tokens[:, :-1])[0], tokens[:, 1:])
+    state = initial and initial(len(windows))
+    return summed_bits(model(tokens[:, :-1], state)[0], tokens[:, 1:])
 
 
 def _to_device(tokens: np.ndarray, model: RWKV7) -> Tensor:

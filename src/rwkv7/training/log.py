@@ -29,6 +29,7 @@ class StepRecord:
     grad_norm: float  # before clipping
     tokens: int  # read in this step
     seconds: float
+    mfu: float | None = None  # share of the device's peak, where that is known
 
 
 class RunLog:
@@ -55,6 +56,11 @@ class RunLog:
                 "held_out_bytes": result.bytes,
             }
         )
+
+    def sample(self, step: int, text: str) -> list[dict[str, Any]]:
+        """Adds a text written after `step` steps; gives the lines so far, for a file of all."""
+        self._write({"step": step, "sample": text})
+        return read_log(self._path)
 
     def close(self) -> None:
         """Closes the file."""
@@ -83,14 +89,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(log: Path, image: Path) -> None:
-    """Draws the bits per byte of training and of the held-out text over the steps as a PNG."""
+    """Draws bits per byte, of training and of the held-out text, and the learning rate as a PNG."""
     from matplotlib.figure import Figure  # takes half a second, so only when a plot is wanted
 
     lines = read_log(log)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "held_out_bits_per_byte" in line]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot(
         [line["step"] for line in steps],
         _smoothed([line["bits_per_byte"] for line in steps]),
@@ -102,11 +108,16 @@ def plot_loss(log: Path, image: Path) -> None:
         ("held_out_bits_per_byte", "held out, state carried"),
         ("held_out_bits_per_byte_state_dropped", "held out, state dropped"),
     ):
-        values = [line[key] for line in evaluations]
-        axes.plot([line["step"] for line in evaluations], values, marker="o", label=label)
-    axes.set(xlabel="step", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
+        known = [line for line in evaluations if line.get(key) is not None]
+        if known or not evaluations:
+            values = [line[key] for line in known]
+            axes.plot([line["step"] for line in known], values, marker="o", label=label)
+    axes.set(ylabel="bits per byte")
     axes.legend()
+    below.plot([line["step"] for line in steps], [line["lr"] for line in steps], linewidth=1)
+    below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    for part in (axes, below):
+        part.grid(alpha=0.3)
     write_atomically(image, lambda path: figure.savefig(path, format="png", dpi=120))
 
 

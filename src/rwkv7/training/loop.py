@@ -16,21 +16,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import get_tokenizer
 
-from .carry import batch_gradients
+from .batch import Batch
 from .checkpoint import newest_checkpoint, save_checkpoint
-from .data import TokenData
-from .evaluate import Evaluation, evaluate
+from .data import ChatData, TokenData
+from .evaluate import Evaluation, evaluate, evaluate_answers
 from .interrupt import interruptible
 from .log import RunLog, StepRecord, plot_loss
 from .optim import learning_rate, set_learning_rate
 from .report import Report
 from .settings import TrainSettings
 from .sources import make_source
+from .step import precision, step_gradients
+from .tuning import Tuning
+from .watch.diverged import first_not_finite
+from .watch.samples import write_sample, write_samples
+from .watch.speed import Utilisation
 
 __all__ = ["OnStep", "Run", "TrainResult", "TrainingDivergedError"]
 
@@ -60,17 +65,20 @@ class Run:
         self,
         out: Path,
         settings: TrainSettings,
-        data: TokenData,
-        model: RWKV7,
+        data: TokenData | ChatData,
+        tuning: Tuning,
         optimizer: torch.optim.Optimizer,
         step: int = 0,
     ) -> None:
         self.out, self.settings, self.data = out, settings, data
-        self.model, self.optimizer, self.step, self.saved = model, optimizer, step, step
+        self.tuning, self.model, self.optimizer = tuning, tuning.model, optimizer
+        self.step = self.saved = step
         self.tokenizer = get_tokenizer(settings.tokenizer)
-        self.source = make_source(data.documents, settings)
+        self.source = make_source(data, settings)
         self.model.checkpoint_layers = settings.checkpoint_layers
-        self.device = model.emb.weight.device
+        self.device = self.model.device
+        products = torch.bfloat16 if settings.dtype == "bf16" else self.model.dtype
+        self.utilisation = Utilisation(self.model, products)
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
     def go_on(self, report: Report, on_step: OnStep | None) -> TrainResult:
@@ -89,6 +97,8 @@ class Run:
                     last = self.step == self.settings.steps
                     if self.step % self.settings.eval_every == 0 and not (stop or last):
                         self._evaluate(log, report, self.settings.eval_tokens)
+                    if self._is_sampled() and not stop:
+                        self._sample(log, report)
                     if stop or last or self.step % self.settings.save_every == 0:
                         self._save()
                     if stop:
@@ -105,28 +115,23 @@ class Run:
         batch = self.source.batch(self.step).to(self.device)
         rate = learning_rate(settings, self.step)
         set_learning_rate(self.optimizer, rate)
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        # A packed row holds the tokens of the whole batch, so its windows do too.
-        rows = 1 if batch.cu_seqlens is None else settings.batch
-        with self._precision():
-            loss = batch_gradients(
-                self.model,
-                batch,
-                mode=settings.carry,
-                window=settings.window * rows,
-                parts=settings.accumulate,
-            )
-        norm = clip_grad_norm_(self.model.parameters(), settings.clip)
+        try:
+            loss = step_gradients(self.tuning, batch, settings)
+        except ValueError as error:  # the operator refuses what is no number, where it looks
+            raise TrainingDivergedError(self._diagnosis(batch, error)) from error
+        norm = clip_grad_norm_(self.tuning.trained.parameters(), settings.clip)
+        # What is not finite changes no weight: the optimizer's kernel sees to it on the device, so
+        # that nobody waits for the answer here, and the step can be looked at again as it was.
+        bad = ~(loss + norm).isfinite()
+        self.optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
         nats, size = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(nats) and math.isfinite(size)):
-            raise TrainingDivergedError(
-                f"stopped at step {self.step + 1}: the loss is {nats} and the gradient's norm "
-                f"{size}. The last good checkpoint, of step {self.saved}, is kept. A new run with "
-                "a lower learning rate or a smaller clip may get past this"
-            )
+            what = f"the loss is {nats} and the gradient's norm {size}"
+            raise TrainingDivergedError(self._diagnosis(batch, what))
         self.step += 1
+        seconds = time.perf_counter() - started
         return StepRecord(
             step=self.step,
             loss=nats,
@@ -134,7 +139,26 @@ class Run:
             lr=rate,
             grad_norm=size,
             tokens=batch.inputs.numel(),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            mfu=self.utilisation.at(batch.inputs.numel() / seconds),
+        )
+
+    def _diagnosis(self, batch: Batch, what: str | ValueError) -> str:
+        """Which step, which batch and which tensor, for a person; an error that has to do with none
+        is raised again."""
+
+        def again() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            return step_gradients(self.tuning, batch, self.settings)
+
+        first = first_not_finite(self.model, self.tuning.trained, again)
+        if first is None and isinstance(what, ValueError):
+            raise what
+        first = first or "nothing when the step was run again, a fault that comes and goes"
+        return (
+            f"stopped at step {self.step + 1}: {what}. First not finite: {first}. The batch: "
+            f"{self.source.where(self.step)}. The last good checkpoint, of step {self.saved}, is "
+            "kept. A new run with a lower learning rate or a smaller clip may get past this"
         )
 
     def _finish(self, log: RunLog, report: Report) -> TrainResult:
@@ -155,28 +179,45 @@ class Run:
         )
 
     def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:
-        tokens = self.data.held_out[:most]
-        if len(tokens) == 0:
+        if len(self.data.held_out) == 0:
             return None
-        whole = len(tokens) == len(self.data.held_out)
-        with self._precision():
-            result = evaluate(
-                self.model,
-                tokens,
-                self.tokenizer,
-                window=self.settings.window,
-                size=self.data.info.held_out_bytes if whole else None,
-            )
+        with precision(self.settings, self.device):
+            result = self._read_held_out(most)
         log.evaluation(self.step, result)
         report.evaluation(self.step, result)
         plot_loss(self.out / "log.jsonl", self.out / "loss.png")
         return result
 
-    def _save(self) -> None:
-        save_checkpoint(self.out, self.model, self.optimizer, self.settings, self.step)
-        self.saved = self.step
+    def _read_held_out(self, most: int | None) -> Evaluation:
+        if isinstance(self.data, ChatData):
+            initial = self.tuning.initial
+            return evaluate_answers(self.model, self.data.held_out, self.tokenizer, most, initial)
+        tokens = self.data.held_out[:most]
+        whole = len(tokens) == len(self.data.held_out)
+        return evaluate(
+            self.model,
+            tokens,
+            self.tokenizer,
+            window=self.settings.window,
+            size=self.data.info.held_out_bytes if whole else None,
+            initial=self.tuning.initial,
+        )
 
-    def _precision(self) -> torch.autocast:
-        """Products in bf16 where asked for; weights, state and moments stay fp32."""
-        wanted = self.settings.dtype == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+    def _is_sampled(self) -> bool:
+        return self.settings.sample_every > 0 and self.step % self.settings.sample_every == 0
+
+    def _sample(self, log: RunLog, report: Report) -> None:
+        with precision(self.settings, self.device):
+            text = write_sample(
+                self.model,
+                self.tokenizer,
+                self.settings.sample_prompt,
+                seed=self.settings.seed,
+                initial=self.tuning.initial,
+            )
+        write_samples(self.out / "samples.txt", log.sample(self.step, text))
+        report.sample(self.step, text)
+
+    def _save(self) -> None:
+        save_checkpoint(self.out, self.tuning, self.optimizer, self.settings, self.step)
+        self.saved = self.step

@@ -26,11 +26,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     att.w0 learns at twice the rate and does not decay; matrices whose names hold ".weight" decay;
     everything else (norms, biases, mixing vectors, the low-rank matrices, r_k) does not. Which
-    group a parameter is in follows its official name and shape alone.
+    group a parameter is in follows its official name and shape alone. What is not trained (it
+    requires no gradient) is in none, and of what is only tuned (states, adapters) nothing decays.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     bias = [(n, p) for n, p in named if "att.w0" in n]
-    matrices = [(n, p) for n, p in named if _dimensions(p) >= 2 and ".weight" in n]
+    matrices = [(n, p) for n, p in named if _decays(n, p)]
     taken = {n for n, _ in bias + matrices}
     rest = [(n, p) for n, p in named if n not in taken]
     groups = (
@@ -49,8 +50,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _dimensions(parameter: nn.Parameter) -> int:
-    return sum(size > 1 for size in parameter.shape)
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    # By the whole shape: of a parameter that cards share, one may hold a part without a number.
+    is_matrix = sum(size > 1 for size in parameter.shape) >= 2
+    return is_matrix and ".weight" in name and "lora_" not in name
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from .evaluate import Evaluation
 from .log import StepRecord
 
-__all__ = ["BarReport", "LineReport", "Report", "console_report"]
+__all__ = ["BarReport", "LineReport", "Report", "ReportToAll", "console_report"]
 
 LINE_EVERY = 5.0  # seconds between two lines without a terminal
 SMOOTH = 0.95  # of the shown loss and speed, from step to step
@@ -31,11 +31,45 @@ class Report:
     def evaluation(self, step: int, result: Evaluation) -> None:
         """The held-out text was read after `step` steps."""
 
+    def sample(self, step: int, text: str) -> None:
+        """The model wrote this after `step` steps."""
+
     def note(self, text: str) -> None:
         """Something to know, a sentence without markup."""
 
     def end(self) -> None:
         """No step follows: training is over or was interrupted, or failed."""
+
+
+class ReportToAll(Report):
+    """Tells several reports the same."""
+
+    def __init__(self, *reports: Report) -> None:
+        self._reports = reports
+
+    def begin(self, step: int, steps: int) -> None:
+        for report in self._reports:
+            report.begin(step, steps)
+
+    def step(self, record: StepRecord) -> None:
+        for report in self._reports:
+            report.step(record)
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        for report in self._reports:
+            report.evaluation(step, result)
+
+    def sample(self, step: int, text: str) -> None:
+        for report in self._reports:
+            report.sample(step, text)
+
+    def note(self, text: str) -> None:
+        for report in self._reports:
+            report.note(text)
+
+    def end(self) -> None:
+        for report in self._reports:
+            report.end()
 
 
 class _ConsoleReport(Report):
@@ -55,17 +89,25 @@ class _ConsoleReport(Report):
         self._seconds += share * (record.seconds - self._seconds)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
-        self.note(
-            f"step {step:,}: held-out text {result.carried:.4f} bits per byte with the state "
-            f"carried, {result.dropped:.4f} with it dropped ({result.bytes:,} bytes)"
-        )
+        if result.dropped is None:
+            what = f"held-out answers {result.carried:.4f} bits per byte"
+        else:
+            what = (
+                f"held-out text {result.carried:.4f} bits per byte with the state carried, "
+                f"{result.dropped:.4f} with it dropped"
+            )
+        self.note(f"step {step:,}: {what} ({result.bytes:,} bytes)")
+
+    def sample(self, step: int, text: str) -> None:
+        self.note(f"step {step:,} writes: {text!r}")
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _figures(self, record: StepRecord) -> str:
         speed = record.tokens / max(self._seconds, 1e-9)
-        return f"loss {self._loss:.4f}  {self._bits:.4f} bits/byte  {speed:,.0f} tokens/s"
+        share = "" if record.mfu is None else f"  {record.mfu:.0%} MFU"
+        return f"loss {self._loss:.4f}  {self._bits:.4f} bits/byte  {speed:,.0f} tokens/s{share}"
 
 
 class BarReport(_ConsoleReport):

@@ -1,4 +1,4 @@
-"""A run in its folder: `train_model` begins one, `resume_training` goes on with it.
+"""A run in its folder: `train_model` and `tune_model` begin one, `resume_training` goes on with it.
 
 The folder holds data/ (tokens), checkpoints/, log.jsonl, loss.png, and a lock while at work. The
 loop itself is in loop.py.
@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rwkv7.config import ModelConfig
+from rwkv7.files import check_destination
 from rwkv7.nn import RWKV7, initialise_
 from rwkv7.tokenizer import get_tokenizer
 
@@ -28,14 +29,28 @@ from .checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from .data import TokenData, find_text, open_data, prepare_data, text_digest
+from .data import (
+    ChatData,
+    Text,
+    TokenData,
+    chat_digest,
+    count_tokens,
+    find_text,
+    open_chat,
+    open_data,
+    prepare_chat,
+    prepare_data,
+    text_digest,
+)
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
-from .report import Report
-from .settings import TrainSettings, resumed_settings
+from .report import Report, ReportToAll
+from .settings import TrainSettings, resumed_settings, tuning_settings
+from .tuning import Tuning, make_tuning, open_base, weights_dtype
+from .watch.plan import Plan, make_plan
 
-__all__ = ["choose_device", "resume_training", "train_model"]
+__all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
 
 _LEFTOVER = re.compile(
     r"lock|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
@@ -52,6 +67,7 @@ def train_model(
     device: str | torch.device | None = None,
     report: Report | None = None,
     on_step: OnStep | None = None,
+    save: Path | None = None,
 ) -> TrainResult:
     """Trains a new model on the text of files and folders and leaves the run in the folder `out`.
 
@@ -63,6 +79,7 @@ def train_model(
         device: None means a CUDA GPU if there is one, else the CPU.
         report: what shows the progress; None shows nothing.
         on_step: told of each step; when it returns True the run saves and stops, as on Ctrl-C.
+        save: a .pth or .safetensors file for the model at the end, under the official names.
 
     Raises:
         ValueError: unusable text, settings, device or folder, before anything is written.
@@ -70,26 +87,65 @@ def train_model(
         OSError: a file could not be written; earlier checkpoints are whole.
         TrainingDivergedError: NaN or infinity; the last good checkpoint stays.
     """
-    device = choose_device(device)
-    settings = _with_dtype(settings, device)
-    tokenizer = get_tokenizer(settings.tokenizer)
-    config = ModelConfig.from_sizes(
-        vocab_size=tokenizer.vocab_size,
-        width=settings.width,
-        layers=settings.layers,
-        head_size=settings.head_size,
-    )
-    text = find_text(texts, exclude=out)
+    begin = _new_model(settings, choose_device(device), find_text(texts, exclude=out))
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    with _new_run(out):
-        data = prepare_data(text, out / "data", tokenizer, settings.held_out, held_out_text)
-        model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=device)
-        initialise_(model, torch.Generator().manual_seed(settings.seed))
-        optimizer = make_optimizer(model, settings)
-        run = Run(out, settings, data, model, optimizer)
-        # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
-        save_checkpoint(out, model, optimizer, settings, 0)
-        return run.go_on(report or Report(), on_step)
+    return begin.run(out, held_out_text, report or Report(), on_step, save)
+
+
+def tune_model(
+    base: Path,
+    given: Mapping[str, Any],
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    held_out_file: Path | None = None,
+    device: str | torch.device | None = None,
+    report: Report | None = None,
+    on_step: OnStep | None = None,
+    save: Path | None = None,
+) -> TrainResult:
+    """Goes on from a model that exists: all of it, its initial states, or adapters are trained.
+
+    Args:
+        base: an official checkpoint (.pth, .safetensors), or the folder of a run.
+        given: settings by name; the others are the model's own sizes and the rates of
+            `tuning_settings`.
+        save: a .pth or .safetensors file for the result at the end: the model, adapters merged
+            into it, or the states.
+        texts, out, held_out_file, device, report, on_step: as for `train_model`.
+
+    A finished run of states leaves state.pth and state.safetensors in `out`, one of adapters
+    adapter/ and merged.safetensors.
+
+    Raises what `train_model` and `rwkv7.weights.load_model` raise; ValueError too for sizes that
+    are not the model's.
+    """
+    begin = _tuned_model(base, given, choose_device(device), find_text(texts, exclude=out))
+    held_out_text = find_text([held_out_file]) if held_out_file else None
+    return begin.run(out, held_out_text, report or Report(), on_step, save)
+
+
+def plan_training(
+    given: Mapping[str, Any],
+    texts: Sequence[Path],
+    *,
+    base: Path | None = None,
+    device: str | torch.device | None = None,
+) -> Plan:
+    """What a run with these settings would take; writes nothing.
+
+    Args: as for `tune_model`, or, where `base` is None, for a new model.
+
+    Raises what `train_model` and `tune_model` raise before they write anything.
+    """
+    device, text = choose_device(device), find_text(texts)
+    if base is None:
+        begin = _new_model(TrainSettings.from_dict(given), device, text)
+    else:
+        begin = _tuned_model(base, given, device, text)
+    settings = begin.settings
+    tokens = None if settings.chat else count_tokens(text, get_tokenizer(settings.tokenizer))
+    return make_plan(settings, begin.parameters, begin.make, device, tokens)
 
 
 def resume_training(
@@ -101,6 +157,8 @@ def resume_training(
     device: str | torch.device | None = None,
     report: Report | None = None,
     on_step: OnStep | None = None,
+    save: Path | None = None,
+    base: Path | None = None,
 ) -> TrainResult:
     """Goes on with the run in `out` from its newest whole checkpoint, as if it had never stopped.
 
@@ -108,7 +166,8 @@ def resume_training(
         out: the folder that `train_model` wrote.
         changes: settings by name. Those of `FREE_ON_RESUME` may differ from the run's.
         texts: not needed, the run has its tokens; when given, they must be the text of the run.
-        held_out_file, device, report, on_step: as for `train_model`.
+        base: where the model that the run tunes is now, if not where it was.
+        held_out_file, device, report, on_step, save: as for `tune_model`.
 
     Raises what `train_model` raises; ValueError too when there is no checkpoint, when a change
     would make it another run, or when the text is not the same.
@@ -118,18 +177,114 @@ def resume_training(
     nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
     if not out.is_dir():
         raise ValueError(nothing)
+    _check_save(save)
     with run_lock(out):
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
             raise ValueError(nothing)
         settings = resumed_settings(checkpoint.settings, changes or {})
-        data = open_data(out / "data")
+        data = (open_chat if settings.chat else open_data)(out / "data")
         if texts:
             _check_same_text(data, texts, held_out_file, out)
-        model, optimizer = load_checkpoint(checkpoint, device)
-        _note_differences(checkpoint, model, report)
-        run = Run(out, settings, data, model, optimizer, checkpoint.step)
-        return run.go_on(report, on_step)
+        tuning, optimizer = load_checkpoint(checkpoint, device, base)
+        _note_differences(checkpoint, tuning.model, report)
+        run = Run(out, settings, data, tuning, optimizer, checkpoint.step)
+        report = _with_board(report, settings, out)
+        return _finish(run.go_on(report, on_step), tuning, out, save, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """What a run begins with: `make` gives the model, which has so many parameters."""
+
+    settings: TrainSettings
+    text: Text
+    make: Callable[[], Tuning]
+    parameters: int
+
+    def run(
+        self,
+        out: Path,
+        held_out_text: Text | None,
+        report: Report,
+        on_step: OnStep | None,
+        save: Path | None,
+    ) -> TrainResult:
+        """Prepares the text, makes the model, and trains."""
+        settings = self.settings
+        tokenizer = get_tokenizer(settings.tokenizer)
+        _check_save(save)
+        report = _with_board(report, settings, out)
+        with _new_run(out):
+            prepare = prepare_chat if settings.chat else prepare_data
+            data = prepare(self.text, out / "data", tokenizer, settings.held_out, held_out_text)
+            tuning = self.make()
+            optimizer = make_optimizer(tuning.trained, settings)
+            run = Run(out, settings, data, tuning, optimizer)
+            # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
+            save_checkpoint(out, tuning, optimizer, settings, 0)
+            return _finish(run.go_on(report, on_step), tuning, out, save, report)
+
+
+def _new_model(settings: TrainSettings, device: torch.device, text: Text) -> _Beginning:
+    settings = _with_dtype(settings, device)
+    if settings.tune != "full":
+        raise ValueError(
+            f"tune: {settings.tune!r} is for a model that exists; say which with --from"
+        )
+    config = ModelConfig.from_sizes(
+        vocab_size=get_tokenizer(settings.tokenizer).vocab_size,
+        width=settings.width,
+        layers=settings.layers,
+        head_size=settings.head_size,
+    )
+    empty = RWKV7(config, dtype=torch.float32, device="meta")
+
+    def make() -> Tuning:
+        model = empty.to_empty(device=device)
+        initialise_(model, torch.Generator().manual_seed(settings.seed))
+        return Tuning(model)
+
+    return _Beginning(settings, text, make, sum(x.numel() for x in empty.parameters()))
+
+
+def _tuned_model(
+    base: Path, given: Mapping[str, Any], device: torch.device, text: Text
+) -> _Beginning:
+    known = {name: given[name] for name in ("tune", "dtype") if name in given}
+    auto = _with_dtype(TrainSettings(**known), device)
+    model, origin = open_base(base, device, weights_dtype(auto))
+    settings = _with_dtype(tuning_settings(given, model.config), device)
+    parameters = sum(x.numel() for x in model.parameters())
+    return _Beginning(settings, text, lambda: make_tuning(settings, model, origin), parameters)
+
+
+def _finish(
+    result: TrainResult, tuning: Tuning, out: Path, save: Path | None, report: Report
+) -> TrainResult:
+    if result.finished:
+        for path in tuning.finish(out):
+            report.note(f"written: {path}")
+        if save is not None:
+            tuning.export(save)
+            report.note(f"written: {save}")
+    return result
+
+
+def _with_board(report: Report, settings: TrainSettings, out: Path) -> Report:
+    if not settings.tensorboard:
+        return report
+    from .watch.board import BoardReport  # loads the package tensorboard
+
+    return ReportToAll(report, BoardReport(out / "tensorboard"))
+
+
+def _check_save(save: Path | None) -> None:
+    if save is None:
+        return
+    if save.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"save: expected a name in .pth or .safetensors, found {save.name}")
+    check_destination(save)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -194,10 +349,11 @@ def _check_free(out: Path) -> None:
 
 
 def _check_same_text(
-    data: TokenData, texts: Sequence[Path], held_out_file: Path | None, out: Path
+    data: TokenData | ChatData, texts: Sequence[Path], held_out_file: Path | None, out: Path
 ) -> None:
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    if text_digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
+    digest = chat_digest if isinstance(data, ChatData) else text_digest
+    if digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
         raise ValueError(
             "text: this is not the text that the run was begun with. Leave it out to go on with "
             "the run's own copy, or begin a new run in another folder"

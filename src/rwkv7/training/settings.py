@@ -11,14 +11,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from rwkv7.config import ModelConfig
+from rwkv7.tokenizer import get_tokenizer, tokenizer_of
+
 from .carry import CARRY_MODES
 
-__all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings"]
+__all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings", "tuning_settings"]
 
 # Changing these changes what is saved or measured, never a parameter of the model.
-FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens", "checkpoint_layers")
+FREE_ON_RESUME = (
+    *("save_every", "eval_every", "eval_tokens", "checkpoint_layers"),
+    *("sample_every", "sample_prompt", "tensorboard"),
+)
 DTYPES = ("auto", "fp32", "bf16")
 ORDERS = ("shuffled", "official")
+# What of a model is trained, and the learning rates, highest and last, where none are given. Those
+# of states are RWKV-LM's own; states need a far higher one than weights.
+TUNING_RATES = {"full": (1e-5, 1e-5), "state": (1.0, 0.01), "lora": (1e-4, 1e-5)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -58,10 +67,26 @@ class TrainSettings:
     checkpoint_layers: bool = _option(
         False, "compute layers again going back instead of keeping what is in them: less memory"
     )
-    lr: float = _option(1e-3, "highest learning rate")
-    lr_final: float = _option(1e-4, "learning rate that the last steps come down to")
+    chat: bool = _option(
+        False, "the text is JSON lines of conversations, of which what the assistant says is learnt"
+    )
+    lr: float = _option(
+        1e-3, "highest learning rate (with --from 1e-5, for lora 1e-4, for state 1)"
+    )
+    lr_final: float = _option(
+        1e-4,
+        "learning rate that the last steps come down to (with --from 1e-5, for state 0.01, "
+        "never above lr)",
+    )
     warmup: int = _option(10, "steps over which the learning rate rises")
     weight_decay: float = _option(0.1, "weight decay of the matrices; nothing else decays")
+    tune: str = _option(
+        "full",
+        'what of a model given by --from is trained: "full", "state" (the states that texts '
+        'begin with) or "lora" (low-rank additions; needs the extra "peft")',
+    )
+    lora_rank: int = _option(16, "rank of the additions to each matrix")
+    lora_alpha: float = _option(32.0, "the additions count alpha / rank times")
     clip: float = _option(1.0, "largest norm of the whole gradient")
     seed: int = _option(0, "seed of the initial weights and of the order of the windows")
     held_out: int | None = _option(
@@ -76,8 +101,14 @@ class TrainSettings:
         65536, "held-out tokens that an evaluation on the way reads; the last one reads all"
     )
 
+    sample_every: int = _option(0, "steps between texts that the model writes; 0: none")
+    sample_prompt: str = _option("", "what such a text begins with")
+    tensorboard: bool = _option(
+        False, 'write for TensorBoard, too, in RUN/tensorboard (needs the extra "tensorboard")'
+    )
+
     def __post_init__(self) -> None:
-        for name in ("steps", "layers", "width", "head_size", "batch", "window"):
+        for name in ("steps", "layers", "width", "head_size", "batch", "window", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         carries, sequence = self.carry != "off", self.sequence
         self._require("carry", self.carry in CARRY_MODES, f"one of {', '.join(CARRY_MODES)}")
@@ -99,9 +130,12 @@ class TrainSettings:
         self._require("lr_final", 0 <= self.lr_final <= self.lr, f"from 0 to lr ({self.lr:g})")
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        self._require("sample_every", self.sample_every >= 0, "at least 0")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
+        self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -119,6 +153,38 @@ class TrainSettings:
         if unknown:
             raise ValueError(f"settings: unknown names {', '.join(sorted(unknown))}")
         return TrainSettings(**values)
+
+
+def tuning_settings(given: Mapping[str, Any], config: ModelConfig) -> TrainSettings:
+    """The settings with which a model of these sizes is trained on: `given`, sizes, and rates.
+
+    Args:
+        given: settings by name. Sizes need not be among them; a tokenizer that is not is chosen
+            by the size of the vocabulary, learning rates by what is tuned (`TUNING_RATES`).
+        config: of the model.
+
+    Raises ValueError for a size that is not the model's and a tokenizer with too many tokens.
+    """
+    tune = given.get("tune", "full")
+    sizes = {"layers": config.layers, "width": config.width, "head_size": config.head_size}
+    for name, size in sizes.items():
+        if given.get(name, size) != size:
+            raise ValueError(
+                f"{name}: the model to go on from has {size}, found {given[name]}; leave it out"
+            )
+    if "tokenizer" in given:
+        tokenizer = get_tokenizer(given["tokenizer"])
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"tokenizer: {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model to "
+                f"go on from {config.vocab_size}; choose another"
+            )
+    else:
+        tokenizer = tokenizer_of(config.vocab_size)
+    lr, lr_final = TUNING_RATES.get(tune, (1e-3, 1e-4))
+    lr = given.get("lr", lr)
+    rates = {"lr": lr, "lr_final": min(lr, lr_final)}
+    return TrainSettings.from_dict({**sizes, "tokenizer": tokenizer.name, **rates, **given})
 
 
 def resumed_settings(stored: TrainSettings, changes: Mapping[str, Any]) -> TrainSettings:

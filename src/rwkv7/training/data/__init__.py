@@ -2,13 +2,16 @@
 
 from .binidx import CorpusSize, corpus_prefix, open_corpus, write_corpus
 from .build import build_corpus
+from .chat import ChatData, Conversations, chat_digest, open_chat, prepare_chat
 from .corpus import Corpus, Tokens
-from .prepared import DataInfo, TokenData, open_data, prepare_data
+from .prepared import DataInfo, TokenData, count_tokens, open_data, prepare_data
 from .records import BadRecords
 from .text import Text, find_text, text_digest
 
 __all__ = [
     "BadRecords",
+    "ChatData",
+    "Conversations",
     "Corpus",
     "CorpusSize",
     "DataInfo",
@@ -16,10 +19,14 @@ __all__ = [
     "TokenData",
     "Tokens",
     "build_corpus",
+    "chat_digest",
     "corpus_prefix",
+    "count_tokens",
     "find_text",
+    "open_chat",
     "open_corpus",
     "open_data",
+    "prepare_chat",
     "prepare_data",
     "text_digest",
     "write_corpus",

@@ -23,7 +23,7 @@ from .build import tokenized
 from .corpus import Corpus, Tokens
 from .text import Piece, Text, text_bytes, text_pieces
 
-__all__ = ["DataInfo", "TokenData", "open_data", "prepare_data"]
+__all__ = ["DataInfo", "TokenData", "count_tokens", "open_data", "prepare_data"]
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 10, 256 * 1024  # a tenth of the text, at most 256 KiB
 SAMPLES, SAMPLE = 16, 4096  # places, and tokens at each, that tell the bytes of a token
@@ -128,6 +128,17 @@ def open_data(folder: Path) -> TokenData:
             f"{found[0]} and {found[1]}"
         )
     return TokenData(documents, apart, info)
+
+
+def count_tokens(text: Text, tokenizer: Tokenizer) -> int:
+    """About how many tokens a text has, going by its first MiB; those of a corpus are counted.
+
+    Raises ValueError for a record that cannot be read.
+    """
+    if text.corpus:
+        return len(open_corpus(text.corpus).tokens)
+    piece = next(text_pieces(text))
+    return round(text_bytes(text) * len(tokenizer.encode(piece.text)) / len(piece.text))
 
 
 def _held_out_bytes(size: int, held_out: int | None, held_out_text: Text | None) -> int:

@@ -43,6 +43,11 @@ class DocumentWindows:
         row = torch.from_numpy(self._corpus.tokens[start:stop].astype(np.int64))
         return Batch(inputs=row[None, :-1], targets=row[None, 1:], fresh=number == 0)
 
+    def where(self, step: int) -> str:
+        """The document of the step and the number of its window."""
+        document, number = self.place(step)
+        return f"document {document}, window {number} (both from 0)"
+
     def place(self, step: int) -> tuple[int, int]:
         """The document of the step and the number of its window, both from 0."""
         epoch, sample = divmod(step, self.per_epoch)

@@ -12,7 +12,14 @@ from typing import Protocol
 
 from rwkv7.training.settings import ORDERS
 
-__all__ = ["OfficialOrder", "Order", "ShuffledOrder", "make_order", "seeded_hash"]
+__all__ = [
+    "OfficialOrder",
+    "Order",
+    "ShuffledOrder",
+    "make_order",
+    "seeded_hash",
+    "windows_in_words",
+]
 
 ROUNDS = 4  # of the Feistel network; four make a permutation that looks random
 GOLDEN = (math.sqrt(5) - 1) / 2  # RWKV-LM, RWKV-v7/train_temp/src/dataset.py
@@ -104,6 +111,12 @@ def make_order(name: str, tokens: int, window: int, seed: int) -> Order:
     return (
         ShuffledOrder(tokens, window, seed) if name == "shuffled" else OfficialOrder(tokens, window)
     )
+
+
+def windows_in_words(order: Order, samples: range) -> str:
+    """Where the windows of these samples begin."""
+    starts = ", ".join(f"{order.start(sample):,}" for sample in samples)
+    return f"samples {samples[0]:,} to {samples[-1]:,}, the windows at the tokens {starts}"
 
 
 def seeded_hash(*values: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from rwkv7.training.batch import IGNORED, Batch
 from rwkv7.training.data import Corpus
 
-from .order import make_order
+from .order import make_order, windows_in_words
 
 __all__ = ["PackedWindows"]
 
@@ -50,3 +50,8 @@ class PackedWindows:
             targets=torch.from_numpy(np.concatenate(targets))[None],
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
         )
+
+    def where(self, step: int) -> str:
+        """The first tokens of the step's windows."""
+        samples = range(step * self._batch, (step + 1) * self._batch)
+        return windows_in_words(self.order, samples)

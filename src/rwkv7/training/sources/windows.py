@@ -8,7 +8,7 @@ import torch
 from rwkv7.training.batch import Batch
 from rwkv7.training.data import Tokens
 
-from .order import make_order
+from .order import make_order, windows_in_words
 
 __all__ = ["Windows"]
 
@@ -31,6 +31,10 @@ class Windows:
         """The batch of the step (from 0); each target is the token after its input."""
         rows = torch.from_numpy(np.stack([self._row(n) for n in self._samples(step)]))
         return Batch(inputs=rows[:, :-1], targets=rows[:, 1:])
+
+    def where(self, step: int) -> str:
+        """The first tokens of the step's windows."""
+        return windows_in_words(self.order, self._samples(step))
 
     def _samples(self, step: int) -> range:
         return range(step * self._batch, (step + 1) * self._batch)
