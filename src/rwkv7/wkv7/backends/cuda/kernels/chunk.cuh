@@ -1,0 +1,222 @@
+// A chunk of 64 tokens in shared memory, and what is prepared of it before the state is needed.
+//
+// Works in steps of 16 tokens, a warp each. Exponents are taken from the middle of a step, so that
+// at RWKV-7's strongest decay they span seven bits either way and fp16 holds the operands:
+//     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
+// g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
+// of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT, SAVE and PACKED, each 0 or 1.
+#pragma once
+#include "warp.cuh"
+
+constexpr int N = 64;       // channels of a head, K = V
+constexpr int CHUNK = 64;   // tokens between two states in memory
+constexpr int STEP = 16;    // tokens between two states in registers
+constexpr int STEPS = CHUNK / STEP;
+constexpr int TILE = CHUNK * N * 2;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
+
+// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α and then
+// W = X·α, v y. w makes room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb.
+constexpr int R = 0, K = TILE, V = 2 * TILE, A = 3 * TILE, B = 4 * TILE, W = 5 * TILE;
+constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 1280, SOLVE_ROW = 80;
+constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
+constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
+constexpr int SHARED_BYTES = SCALES + STEPS * SCALES_STEP;
+constexpr int SQUARE = 512;
+
+// What a step keeps in shared memory beside its rows of the tiles.
+DEVICE char* step_squares(char* shared, int step) { return shared + W + step * STEP * W_ROW; }
+DEVICE char* step_low(char* shared, int step) {  // a tile whose rows 16 step.. are the step's own
+    return shared + W + step * STEP * (W_ROW - 2 * N);
+}
+DEVICE char* step_inverse(char* shared, int step) { return shared + SOLVE + step * SOLVE_STEP; }
+// 2^m and 2^(G-m) of every channel, G being the step's whole decay.
+DEVICE float* step_to_middle(char* shared, int step) {
+    return (float*)(shared + FACTORS + step * FACTORS_STEP);
+}
+DEVICE float* step_to_end(char* shared, int step) { return step_to_middle(shared, step) + N; }
+// The powers of two that the step's r, k and a are divided by (b is multiplied by a's).
+DEVICE float* step_scales(char* shared, int step) {
+    return (float*)(shared + SCALES + step * SCALES_STEP);
+}
+
+DEVICE float low_input(u32 x) { return INPUT_FP16 ? low_half(x) : low_bf16(x); }
+DEVICE float high_input(u32 x) { return INPUT_FP16 ? high_half(x) : high_bf16(x); }
+DEVICE u32 pack_input(float x, float y) { return INPUT_FP16 ? pack_half(x, y) : pack_bf16(x, y); }
+
+DEVICE float log2_decay(float w) {
+    return LOGIT ? -LOGIT_SCALE * LOG2E * inverse_of(1.0f + exp2_of(-LOG2E * w)) : w * LOG2E;
+}
+
+// Two neighbouring channels of a row: lane l has 2 l and 2 l + 1.
+DEVICE u32* channels_at(char* tile, int row) {
+    int l = lane_id();
+    return (u32*)(tile + tile_at(row, l >> 2) + (l & 3) * 4);
+}
+
+// Starts copying rows of [tokens, H, 64] numbers of `width` bytes; rows past the end become zeros.
+DEVICE void load_tile(char* tile, const char* from, i64 stride, int tokens, int width) {
+    const int pieces = N * width / 16;
+    for (int i = threadIdx.x; i < CHUNK * pieces; i += 128) {
+        int row = i / pieces, piece = i % pieces;
+        int at = width == 2 ? tile_at(row, piece) : row * W_ROW + piece * 16;
+        bool valid = row < tokens;
+        copy_16(tile + at, from + (valid ? row * stride + piece * 16 : 0), valid);
+    }
+}
+
+// The tile's rows of a step times up (and the scale), as fp16; gives the power of two taken out.
+DEVICE float scale_of(char* tile, int first) {
+    float most = 0;
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) {
+        u32 x = *channels_at(tile, first + j);
+        most = fmaxf(most, fmaxf(fabsf(low_input(x)), fabsf(high_input(x))));
+    }
+    return power_of_two(warp_max(most));
+}
+
+// The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
+DEVICE void prepare_operands(char* shared, int tokens) {
+    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) {
+        float w0, w1;
+        if (W_FP32) {
+            const float* row = (const float*)(shared + W + (first + j) * W_ROW) + 2 * lane;
+            w0 = row[0], w1 = row[1];
+        } else {
+            u32 x = *channels_at(shared + W, first + j);
+            w0 = low_input(x), w1 = high_input(x);
+        }
+        bool inside = first + j < tokens;
+        g0 += inside ? log2_decay(w0) : 0.0f;
+        g1 += inside ? log2_decay(w1) : 0.0f;
+        up0[j] = g0, up1[j] = g1;
+    }
+    const float m0 = up0[STEP / 2 - 1], m1 = up1[STEP / 2 - 1];
+    float* to_middle = step_to_middle(shared, step) + 2 * lane;
+    float* to_end = step_to_end(shared, step) + 2 * lane;
+    to_middle[0] = exp2_of(m0), to_middle[1] = exp2_of(m1);
+    to_end[0] = exp2_of(g0 - m0), to_end[1] = exp2_of(g1 - m1);
+    float before0 = exp2_of(-m0), before1 = exp2_of(-m1);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) up0[j] = exp2_of(up0[j] - m0), up1[j] = exp2_of(up1[j] - m1);
+    const float r_scale = scale_of(shared + R, first), k_scale = scale_of(shared + K, first);
+    const float a_scale = scale_of(shared + A, first);
+    const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
+    const float a_inverse = inverse_power(a_scale);
+    if (lane == 0) {
+        float* scales = step_scales(shared, step);
+        scales[0] = r_scale, scales[1] = k_scale, scales[2] = a_scale;
+    }
+    sync_warp();  // w has been read; its rows are used anew
+    char* low = step_low(shared, step);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) {
+        u32 *r = channels_at(shared + R, first + j), *k = channels_at(shared + K, first + j);
+        u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
+        float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
+        *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
+        *k = pack_half(low_input(*k) * (down0 * k_inverse), high_input(*k) * (down1 * k_inverse));
+        *b = pack_half(low_input(*b) * (down0 * a_scale), high_input(*b) * (down1 * a_scale));
+        float a0 = low_input(*a) * (before0 * a_inverse);
+        float a1 = high_input(*a) * (before1 * a_inverse);
+        u32 high = pack_half(a0, a1);
+        *a = high;
+        *channels_at(low, first + j) = pack_half(a0 - low_half(high), a1 - high_half(high));
+        before0 = up0[j], before1 = up1[j];
+    }
+    sync_warp();
+}
+
+// (I - A_ab)⁻¹ of a step, a column a lane, by forward substitution in fp32; kept as two squares of
+// fp16, the number rounded and what that leaves.
+DEVICE void invert(char* inverse, const float ab[2][4]) {
+    const int lane = lane_id(), column = lane & 15;
+    const int row = lane >> 2, at = (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        float* top = (float*)(inverse + row * SOLVE_ROW) + 8 * n + at;
+        float* bottom = (float*)(inverse + (row + 8) * SOLVE_ROW) + 8 * n + at;
+        top[0] = ab[n][0], top[1] = ab[n][1], bottom[0] = ab[n][2], bottom[1] = ab[n][3];
+    }
+    sync_warp();
+    float x[STEP];
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) x[i] = 0;
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) {
+        float sum = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int l = 0; l < i; l += 4) {
+            const float4 a = *(const float4*)(inverse + i * SOLVE_ROW + 4 * l);
+            sum += a.x * x[l] + a.y * x[l + 1] + a.z * x[l + 2] + a.w * x[l + 3];
+        }
+        x[i] = sum;
+    }
+    sync_warp();
+    char* square = inverse + (lane < 16 ? 0 : SQUARE);
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) {
+        u32 high = pack_half(x[i], 0.0f);
+        u32 mine = lane < 16 ? high : pack_half(x[i] - low_half(high), 0.0f);
+        *(u16*)(square + square_at(i, column >> 3) + (column & 7) * 2) = (u16)mine;
+    }
+    sync_warp();
+}
+
+DEVICE void keep_lower(float d[2][4], bool diagonal) {
+    const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int t = row + (i & 2) * 4, s = column + (i & 1) + (i >> 2) * 8;
+        if (t < s || (t == s && !diagonal)) d[i >> 2][i & 3] = 0;
+    }
+}
+
+// All that a warp's step needs before the state: operands, scores, inverse and W.
+DEVICE void prepare(char* shared, int tokens) {
+    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    prepare_operands(shared, tokens);
+    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 alpha[4], rho[4], beta[4], kappa[4];
+        left_operand(alpha, shared + A, first, block);
+        left_operand(rho, shared + R, first, block);
+        columns_operand(beta, shared + B, first, block);
+        columns_operand(kappa, shared + K, first, block);
+        mma_pair(ab, alpha, beta), mma_pair(ak, alpha, kappa);
+        mma_pair(rb, rho, beta), mma_pair(rk, rho, kappa);
+    }
+    keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
+    char* inverse = step_inverse(shared, step);
+    invert(inverse, ab);
+    u32 x_high[4], x_low[4];
+    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        rows_operand(high, shared + A, first, block);
+        rows_operand(low, step_low(shared, step), first, block);
+        float w[2][4] = {};
+        mma_pair(w, x_high, high), mma_pair(w, x_high, low), mma_pair(w, x_low, high);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            char *top = shared + A + tile_at(first + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
+            char *bottom =
+                shared + A + tile_at(first + 8 + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
+            *(u32*)top = pack_half(w[n][0], w[n][1]);
+            *(u32*)bottom = pack_half(w[n][2], w[n][3]);
+        }
+    }
+    sync_warp();  // the low part of α has been read; its rows are used anew
+    char* squares = step_squares(shared, step);
+    store_square(squares, ak), store_square(squares + SQUARE, rk);
+    store_square(squares + 2 * SQUARE, rb);
+}

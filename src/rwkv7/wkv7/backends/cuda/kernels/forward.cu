@@ -1,0 +1,204 @@
+// Forward: one block a (sequence, head), a walk over its chunks with the state in registers.
+//
+// In a walk, warp w has the rows 16 w.. of the state [V, K] and no business with the others': a
+// product's fragment is the next product's operand. See chunk.cuh for the operands.
+#include "chunk.cuh"
+
+#ifndef EMULATED
+extern __shared__ __align__(128) char shared_memory[];
+#endif
+
+// The warp's rows of the state: eight tiles [16, 8] side by side.
+struct Rows {
+    float s[8][4];
+};
+
+DEVICE void times_channels(Rows& state, const float* factor) {
+    const int p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 f = *(const float2*)(factor + 8 * n + p);
+        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+    }
+}
+
+DEVICE void times(Rows& state, float factor) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) state.s[n][i] *= factor;
+}
+
+DEVICE float largest(const Rows& state) {
+    float most = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state.s[n][i]));
+    return most;
+}
+
+// state [V, K] of fp32 in memory: to registers, and back.
+DEVICE void read_rows(Rows& state, const float* from) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 top = *(const float2*)(from + v * N + 8 * n + p);
+        const float2 bottom = *(const float2*)(from + (v + 8) * N + 8 * n + p);
+        state.s[n][0] = top.x, state.s[n][1] = top.y;
+        state.s[n][2] = bottom.x, state.s[n][3] = bottom.y;
+    }
+}
+DEVICE void write_rows(const Rows& state, float* to, float scale) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        float2 top = {state.s[n][0] * scale, state.s[n][1] * scale};
+        float2 bottom = {state.s[n][2] * scale, state.s[n][3] * scale};
+        *(float2*)(to + v * N + 8 * n + p) = top;
+        *(float2*)(to + (v + 8) * N + 8 * n + p) = bottom;
+    }
+}
+
+// The state before a chunk, for the backward pass: fp16, a power of two a row.
+DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    float top = 0, bottom = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        top = fmaxf(top, fmaxf(fabsf(state.s[n][0]), fabsf(state.s[n][1])));
+        bottom = fmaxf(bottom, fmaxf(fabsf(state.s[n][2]), fabsf(state.s[n][3])));
+    }
+    top = power_of_two(row_max(top)), bottom = power_of_two(row_max(bottom));
+    const float i = inverse_power(top), j = inverse_power(bottom);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        *(u32*)(states + v * N + 8 * n + p) = pack_half(state.s[n][0] * i, state.s[n][1] * i);
+        *(u32*)(states + (v + 8) * N + 8 * n + p) = pack_half(state.s[n][2] * j, state.s[n][3] * j);
+    }
+    if ((lane_id() & 3) == 0) scales[v] = top * scale, scales[v + 8] = bottom * scale;
+}
+
+// Sixteen tokens: y into the warp's columns of v's tile, times `scale`; the state moves on.
+DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], float scale) {
+    const int first = STEP * step, lane = lane_id();
+    const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
+    u32 b[4], c[4], high[4], low[4];
+    float u[2][4] = {}, y[2][4] = {}, x[2][4] = {};
+    columns_square(b, squares);
+    mma_pair(x, v, b);  // (A_ak V)ᵀ
+    as_left_split(high, low, x);
+    columns_square(b, inverse), columns_square(c, inverse + SQUARE);
+    mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
+    columns_square(b, squares + SQUARE);
+    mma_pair(y, v, b);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 s[4];
+        as_left(s, &state.s[2 * block]);
+        columns_operand(b, shared + A, first, block);
+        mma_pair(u, s, b);
+        columns_operand(b, shared + R, first, block);
+        mma_pair(y, s, b);
+    }
+    as_left(high, u);
+    columns_square(b, squares + 2 * SQUARE);
+    mma_pair(y, high, b);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        rows_operand(b, shared + K, first, block);
+        mma_pair(&state.s[2 * block], v, b);
+        rows_operand(b, shared + B, first, block);
+        mma_pair(&state.s[2 * block], high, b);
+    }
+    const int q = lane >> 2, t = first + (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int token = t + (i & 1) + (i >> 2) * 8, channel = 16 * warp_id() + q + (i & 2) * 4;
+        u16* to = (u16*)(shared + V + tile_at(token, channel >> 3)) + (channel & 7);
+        *to = (u16)pack_input(y[i >> 2][i & 3] * scale, 0.0f);
+    }
+}
+
+DEVICE float largest_input(const u32 v[4]) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        most = fmaxf(most, fmaxf(fabsf(low_input(v[i])), fabsf(high_input(v[i]))));
+    return most;
+}
+
+// A chunk: the state is given and left divided by `scale`, a power of two of the warp's own.
+DEVICE void walk_chunk(char* shared, Rows& state, float& scale) {
+    u32 v[STEPS][4];
+    float most = largest(state) * scale;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        left_transposed(v[step], shared + V, STEP * step, warp_id());
+        most = fmaxf(most, largest_input(v[step]) * step_scales(shared, step)[1]);
+    }
+    const float next = power_of_two(warp_max(most));
+    times(state, scale * inverse_power(next));
+    scale = next;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const float* scales = step_scales(shared, step);
+        const float f = scales[1] * inverse_power(scale);
+        u32 half[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            half[i] = pack_half(low_input(v[step][i]) * f, high_input(v[step][i]) * f);
+        times_channels(state, step_to_middle(shared, step));
+        walk_step(shared, step, state, half, scales[0] * scale);
+        times_channels(state, step_to_end(shared, step));
+    }
+}
+
+#ifndef EMULATED
+extern "C"
+#endif
+__global__ void __launch_bounds__(128, W_FP32 ? 3 : 4)
+wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
+             const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
+             const float* __restrict__ initial, char* __restrict__ y, float* __restrict__ final,
+             u16* __restrict__ states, float* __restrict__ states_scale,
+             const i64* __restrict__ offsets, int T, int H) {
+    char* shared = shared_memory;
+    const int pair = blockIdx.x, s = pair / H, h = pair % H;
+    i64 start = PACKED ? offsets[s] : (i64)s * T;
+    const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
+    i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
+    Rows state = {};
+    float scale = 1;
+    if (initial) read_rows(state, initial + (i64)pair * N * N);
+    const i64 stride = (i64)H * N;
+    for (int done = 0; done < tokens; done += CHUNK, ++chunk) {
+        const int left = tokens - done;
+        const i64 at = (start + done) * stride + h * N;
+        load_tile(shared + W, w + at * (W_FP32 ? 4 : 2), stride * (W_FP32 ? 4 : 2), left,
+                  W_FP32 ? 4 : 2);
+        load_tile(shared + R, r + at * 2, stride * 2, left, 2);
+        load_tile(shared + A, a + at * 2, stride * 2, left, 2);
+        load_tile(shared + K, k + at * 2, stride * 2, left, 2);
+        load_tile(shared + B, b + at * 2, stride * 2, left, 2);
+        load_tile(shared + V, v + at * 2, stride * 2, left, 2);
+        if (SAVE) {
+            const i64 index = chunk * H + h;
+            save_rows(state, states + index * N * N, states_scale + index * N, scale);
+        }
+        copies_done();
+        sync_block();
+        prepare(shared, left);
+        sync_block();
+        walk_chunk(shared, state, scale);
+        sync_block();
+        for (int i = threadIdx.x; i < CHUNK * 8; i += 128) {
+            const int row = i >> 3, piece = i & 7;
+            if (row < left)
+                *(uint4*)(y + (at + row * stride) * 2 + piece * 16) =
+                    *(const uint4*)(shared + V + tile_at(row, piece));
+        }
+        sync_block();  // before the tiles are filled again
+    }
+    write_rows(state, final + (i64)pair * N * N, scale);
+}
