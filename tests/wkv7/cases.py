@@ -39,11 +39,18 @@ class Case:
     through: str = "both"
     values: str = "model"
     offsets: tuple[int, ...] | None = None
+    wide_w: bool = False  # w in fp32 beside inputs of 16 bits
 
     def __str__(self) -> str:
         sizes = f"{self.B}x{self.T}x{self.H}x{self.K}x{self.V}"
         packed = "-packed" if self.offsets else ""
-        return f"{self.values}-{self.decay}-{sizes}{packed}-{self.state}-{self.through}"
+        wide = "-wide w" if self.wide_w else ""
+        return f"{self.values}-{self.decay}-{sizes}{packed}-{self.state}-{self.through}{wide}"
+
+    def dtypes(self, dtype: torch.dtype) -> list[torch.dtype]:
+        """Of r, w, k, v, a, b and the state in a call whose inputs are `dtype`."""
+        wide = self.wide_w and dtype.itemsize < 4
+        return [dtype, torch.float32 if wide else dtype, *[dtype] * 4, state_dtype(dtype)]
 
 
 @dataclass(frozen=True)
@@ -113,21 +120,31 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
     state = torch.randn(S, case.H, case.V, case.K, generator=g, dtype=torch.float64)
     if case.state == "zero":
         state = torch.zeros_like(state)
-    return [x.to(dtype) for x in (r, w, k, v, -unit, unit * rate)] + [state.to(state_dtype(dtype))]
+    drawn = (r, w, k, v, -unit, unit * rate, state)
+    return [x.to(kind) for x, kind in zip(drawn, case.dtypes(dtype), strict=True)]
+
+
+def arguments(
+    case: Case, inputs: list[Tensor], place: Place, dtype: torch.dtype
+) -> tuple[list[Tensor], dict]:
+    """Copies of the inputs as the case calls wkv7 with them in `dtype` at `place`, and options."""
+    device = place.device
+    cast = zip(inputs, case.dtypes(dtype), strict=True)
+    given = [x.detach().to(device, kind, copy=True) for x, kind in cast]
+    offsets = None
+    if case.offsets is not None:
+        offsets = torch.tensor(case.offsets, dtype=torch.int32, device=device)
+    options = {"decay": case.decay, "cu_seqlens": offsets, "backend": place.backend}
+    return given if case.state != "none" else given[:6], options
 
 
 def evaluate(
     case: Case, inputs: list[Tensor], place: Place, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """y, the final state and every gradient of the case, computed in `dtype` at `place`."""
-    arithmetic, device = state_dtype(dtype), place.device
-    cast = [x.to(device, dtype) for x in inputs[:6]] + [inputs[6].to(device, arithmetic)]
-    leaves = [x.detach().clone().requires_grad_() for x in cast]
-    given = leaves if case.state != "none" else leaves[:6]
-    offsets = None
-    if case.offsets is not None:
-        offsets = torch.tensor(case.offsets, dtype=torch.int32, device=device)
-    y, state = wkv7(*given, decay=case.decay, cu_seqlens=offsets, backend=place.backend)
+    given, options = arguments(case, inputs, place, dtype)
+    given = [x.requires_grad_() for x in given]
+    y, state = wkv7(*given, **options)
     g = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(inputs[3].dtype)
     dstate = torch.randn(state.shape, generator=g, dtype=torch.float64).float()

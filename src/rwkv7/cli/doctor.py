@@ -12,6 +12,7 @@ from rich.text import Text
 # What each optional package is for.
 _EXTRAS = {
     "triton": "GPU kernels (comes with torch where there are any)",
+    "cuda-bindings": "backend cuda (comes with torch for CUDA 13): pip install 'rwkv7[cuda]'",
     "pyrwkv-tokenizer": "the World tokenizer: pip install 'rwkv7[world]'",
     "rwkv": "verify --against rwkv: pip install 'rwkv7[peers]'",
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",
@@ -28,6 +29,7 @@ def doctor() -> None:
     for device in dict.fromkeys(("cpu", best_device().type)):
         _backends(console, device)
     _optional(console)
+    _compiled(console)
     _caches(console)
 
 
@@ -90,6 +92,15 @@ def _optional(console: Console) -> None:
 
     lines = {name: package_version(name) or f"not here; {use}" for name, use in _EXTRAS.items()}
     _list(console, "Optional packages", lines)
+
+
+def _compiled(console: Console) -> None:
+    from rwkv7.wkv7.registry import CompiledBackend, backend_names, get_backend
+
+    for name in backend_names():
+        backend = get_backend(name)
+        if isinstance(backend, CompiledBackend):
+            _list(console, f"Kernels of the backend {name}", backend.kernels())
 
 
 def _caches(console: Console) -> None:
