@@ -62,6 +62,11 @@ static inline float shuffle_xor(float x, int mask) {
     float r = exchange_f[warp_id() * LANES + (lane_id() ^ mask)]; sync_warp();
     return r;
 }
+static inline float shuffle_from(float x, int lane) {
+    exchange_f[current] = x; sync_warp();
+    float r = exchange_f[warp_id() * LANES + lane]; sync_warp();
+    return r;
+}
 static inline float part(u32 pair, int i) { return half_value((u16)(i ? pair >> 16 : pair)); }
 static inline void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     u32* mine = exchange_u[current];

@@ -5,7 +5,7 @@
 //     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
 // g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
 // of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
-// Compiled with the macros INPUT_FP16, W_FP32, LOGIT, SAVE and PACKED, each 0 or 1.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1, and BACKWARD.
 #pragma once
 #include "warp.cuh"
 
@@ -17,14 +17,18 @@ constexpr int TILE = CHUNK * N * 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
-// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α and then
-// W = X·α, v y. w makes room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb.
+// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
+// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb. MOVE receives W = X·α, in
+// the forward pass over α; there v's tile ends as y's.
 constexpr int R = 0, K = TILE, V = 2 * TILE, A = 3 * TILE, B = 4 * TILE, W = 5 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
 constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 1280, SOLVE_ROW = 80;
 constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
 constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
-constexpr int SHARED_BYTES = SCALES + STEPS * SCALES_STEP;
+constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
+constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
+// The backward pass only: W_b = Xᵀ·β (first what β loses to fp16; at last dv).
+constexpr int MOVE_BACK = COMMON_BYTES + TILE;
 constexpr int SQUARE = 512;
 
 // What a step keeps in shared memory beside its rows of the tiles.
@@ -123,7 +127,12 @@ DEVICE void prepare_operands(char* shared, int tokens) {
         float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
         *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
         *k = pack_half(low_input(*k) * (down0 * k_inverse), high_input(*k) * (down1 * k_inverse));
-        *b = pack_half(low_input(*b) * (down0 * a_scale), high_input(*b) * (down1 * a_scale));
+        float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
+        u32 rounded = pack_half(b0, b1);
+        *b = rounded;
+        if (BACKWARD)
+            *channels_at(shared + MOVE_BACK, first + j) =
+                pack_half(b0 - low_half(rounded), b1 - high_half(rounded));
         float a0 = low_input(*a) * (before0 * a_inverse);
         float a1 = high_input(*a) * (before1 * a_inverse);
         u32 high = pack_half(a0, a1);
@@ -179,9 +188,28 @@ DEVICE void keep_lower(float d[2][4], bool diagonal) {
     }
 }
 
+// X·Y (Xᵀ·Y) for 16 rows of the tile y, whose rounding errors are in y_low: of four products of
+// halves the three that count. May be written over y or y_low.
+DEVICE void multiply_split(char* to, const char* y, const char* y_low, int first,
+                           const char* inverse, bool transposed) {
+    u32 x_high[4], x_low[4];
+    if (transposed)
+        left_square_transposed(x_high, inverse), left_square_transposed(x_low, inverse + SQUARE);
+    else
+        left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        rows_operand(high, y, first, block), rows_operand(low, y_low, first, block);
+        float d[2][4] = {};
+        mma_pair(d, x_high, high), mma_pair(d, x_high, low), mma_pair(d, x_low, high);
+        store_rows(to, first, block, d);
+    }
+}
+
 // All that a warp's step needs before the state: operands, scores, inverse and W.
 DEVICE void prepare(char* shared, int tokens) {
-    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    const int step = warp_id(), first = STEP * step;
     prepare_operands(shared, tokens);
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
 #pragma unroll
@@ -197,24 +225,9 @@ DEVICE void prepare(char* shared, int tokens) {
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
     char* inverse = step_inverse(shared, step);
     invert(inverse, ab);
-    u32 x_high[4], x_low[4];
-    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
-#pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
-        u32 high[4], low[4];
-        rows_operand(high, shared + A, first, block);
-        rows_operand(low, step_low(shared, step), first, block);
-        float w[2][4] = {};
-        mma_pair(w, x_high, high), mma_pair(w, x_high, low), mma_pair(w, x_low, high);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            char *top = shared + A + tile_at(first + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
-            char *bottom =
-                shared + A + tile_at(first + 8 + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
-            *(u32*)top = pack_half(w[n][0], w[n][1]);
-            *(u32*)bottom = pack_half(w[n][2], w[n][3]);
-        }
-    }
+    multiply_split(shared + MOVE, shared + A, step_low(shared, step), first, inverse, false);
+    if (BACKWARD)
+        multiply_split(shared + MOVE_BACK, shared + B, shared + MOVE_BACK, first, inverse, true);
     sync_warp();  // the low part of α has been read; its rows are used anew
     char* squares = step_squares(shared, step);
     store_square(squares, ak), store_square(squares + SQUARE, rk);

@@ -75,6 +75,7 @@ DEVICE float inverse_of(float x) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE void sync_block() { __syncthreads(); }
@@ -143,6 +144,15 @@ DEVICE void columns_square(u32 r[4], const char* square) {
     int l = lane_id();
     load_tiles(r, square + square_at((l & 7) + (l >> 4 << 3), l >> 3 & 1));
 }
+// Xᵀ of a square as the left operand, and X as the right one.
+DEVICE void left_square_transposed(u32 r[4], const char* square) {
+    int l = lane_id();
+    load_tiles_transposed(r, square + square_at((l & 7) + (l >> 4 << 3), l >> 3 & 1));
+}
+DEVICE void rows_square(u32 r[4], const char* square) {
+    int l = lane_id();
+    load_tiles_transposed(r, square + square_at(l & 15, l >> 4));
+}
 
 // d [16, 16] += a b, with b as one of the operands above.
 DEVICE void mma_pair(float d[2][4], const u32 a[4], const u32 b[4]) {
@@ -160,6 +170,15 @@ DEVICE void as_left_split(u32 high[4], u32 low[4], const float d[2][4]) {
     for (int i = 0; i < 4; ++i)
         low[i] = pack_half(d[i >> 1][(i & 1) * 2] - low_half(high[i]),
                            d[i >> 1][(i & 1) * 2 + 1] - high_half(high[i]));
+}
+// A product [16, 16] into 16 rows of a tile, channels 16 block..
+DEVICE void store_rows(char* tile, int first, int block, const float d[2][4]) {
+    int row = first + (lane_id() >> 2), at = (lane_id() & 3) * 4;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        *(u32*)(tile + tile_at(row, 2 * block + n) + at) = pack_half(d[n][0], d[n][1]);
+        *(u32*)(tile + tile_at(row + 8, 2 * block + n) + at) = pack_half(d[n][2], d[n][3]);
+    }
 }
 // A product [16, 16] into a square of shared memory.
 DEVICE void store_square(char* square, const float d[2][4]) {
