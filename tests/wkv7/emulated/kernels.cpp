@@ -6,7 +6,7 @@ struct uint4 { u32 x, y, z, w; };
 #ifdef FORWARD
 #include "forward.cu"
 #define KERNEL wkv7_forward
-static const int BYTES = COMMON_BYTES;
+static const int BYTES = FORWARD_BYTES;
 typedef const char* In;
 static struct { In r, w, k, v, a, b; const float* initial; char* y; float* final; u16* states; float* scales; const i64* offsets; int T, H; } g;
 static void call() { wkv7_forward(g.r, g.w, g.k, g.v, g.a, g.b, g.initial, g.y, g.final, g.states, g.scales, g.offsets, g.T, g.H); }

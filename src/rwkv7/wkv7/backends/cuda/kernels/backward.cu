@@ -9,18 +9,18 @@
 #define BACKWARD 1
 #include "state.cuh"
 
-// Behind what chunk.cuh lays out: U, then W_b (at last dv), then tiles for the states before steps
-// 1 to 3; the first of the four holds E. Z of one step. Sums over the block.
+// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; dY; E; the states
+// before steps 3 and 2, later those before steps 1 and 0; Z of one step.
 constexpr int U = MOVE;
 constexpr int DY = MOVE_BACK + TILE;
-constexpr int STATES = DY + TILE;
-constexpr int Z = STATES + 4 * TILE;
-constexpr int SUMS = Z + STEP * N * 2;
-constexpr int SHARED_BYTES = SUMS + 4 * N * 4;
+constexpr int E_TILE = DY + TILE;
+constexpr int STATES = E_TILE + TILE;
+constexpr int Z = STATES + 2 * TILE;
+constexpr int SUMS = Z;  // over the block, between two walks
+constexpr int SHARED_BYTES = Z + STEP * N * 2;
 
 DEVICE char* state_tile(char* shared, int step) {
-    // The state before step 0 is read again when that of step 1 is no longer needed.
-    return shared + STATES + (step ? step : 1) * TILE;
+    return shared + STATES + (step & 1) * TILE;
 }
 
 // The largest number of the block, the same for all its threads.
@@ -78,50 +78,40 @@ DEVICE void store_state(char* tile, const Rows& state) {
         store_rows(tile, 16 * warp_id(), block, &state.s[2 * block]);
 }
 
-// A product [16 rows of V, 16 tokens], transposed, into the rows of a tile that are its tokens.
-DEVICE void store_transposed(char* tile, int first, const float d[2][4], bool input, float scale) {
-    const int q = lane_id() >> 2, t = first + (lane_id() & 3) * 2;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int token = t + (i & 1) + (i >> 2) * 8, channel = 16 * warp_id() + q + (i & 2) * 4;
-        const float x = d[i >> 2][i & 3] * scale;
-        u16* to = (u16*)(tile + tile_at(token, channel >> 3)) + (channel & 7);
-        *to = (u16)(input ? pack_input(x, 0.0f) : pack_half(x, 0.0f));
-    }
-}
-
-// The states before the steps, and what the steps remove; leaves the state after the chunk.
-DEVICE void rebuild(char* shared, Rows& state, float u[STEPS][2][4]) {
+// The states before the steps, and what the steps remove; leaves the state after the chunk. Those
+// before steps 2 and 3 go to shared memory, that before step 1 stays with the warp.
+DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int first = STEP * step;
         const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
         u32 v[4], b[4], c[4], high[4], low[4];
-        float x[2][4] = {};
+        float x[2][4] = {}, removed[2][4] = {};
         times_channels(state, step_to_middle(shared, step));
-        if (step) store_state(state_tile(shared, step), state);
+        if (step == 1)
+#pragma unroll
+            for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
+        if (step > 1) store_state(state_tile(shared, step), state);
         left_transposed(v, shared + V, first, warp_id());
-        columns_square(b, squares);
-        mma_pair(x, v, b);
+        columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
+        mma_pair(x, v, b), mma_pair(x, v, c);
         as_left_split(high, low, x);
         columns_square(b, inverse), columns_square(c, inverse + SQUARE);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) u[step][i >> 2][i & 3] = 0;
-        mma_pair(u[step], high, b), mma_pair(u[step], low, b), mma_pair(u[step], high, c);
+        mma_pair(removed, high, b), mma_pair(removed, low, b), mma_pair(removed, high, c);
 #pragma unroll
         for (int block = 0; block < N / 16; ++block) {
             u32 s[4];
             as_left(s, &state.s[2 * block]);
             columns_operand(b, shared + MOVE, first, block);
-            mma_pair(u[step], s, b);
+            mma_pair(removed, s, b);
         }
-        as_left(high, u[step]);
+        as_left(u[step], removed);
 #pragma unroll
         for (int block = 0; block < N / 16; ++block) {
             rows_operand(b, shared + K, first, block);
             mma_pair(&state.s[2 * block], v, b);
             rows_operand(b, shared + B, first, block);
-            mma_pair(&state.s[2 * block], high, b);
+            mma_pair(&state.s[2 * block], u[step], b);
         }
         times_channels(state, step_to_end(shared, step));
     }
@@ -134,13 +124,16 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     u32 dy[4], b[4], c[4], high[4], low[4];
     float x[2][4] = {}, z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
-    store_state(shared + STATES, E);
+    store_state(shared + E_TILE, E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
     mma_pair(x, dy, b);  // (A_rbᵀ dY)ᵀ
     as_left_split(high, low, x);
     rows_square(b, inverse), rows_square(c, inverse + SQUARE);
     mma_pair(z, high, b), mma_pair(z, low, b), mma_pair(z, high, c);
+    as_left_split(high, low, z);  // as it is without E: what E adds is in KEY_BACK
+    rows_square(b, squares), rows_square(c, squares + 3 * SQUARE);
+    mma_pair(dv, high, b), mma_pair(dv, low, b), mma_pair(dv, high, c);
     rows_square(b, squares + SQUARE);
     mma_pair(dv, dy, b);
 #pragma unroll
@@ -149,13 +142,11 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
         as_left(e, &E.s[2 * block]);
         columns_operand(b, shared + MOVE_BACK, first, block);
         mma_pair(z, e, b);
-        columns_operand(b, shared + K, first, block);
+        columns_operand(b, shared + KEY_BACK, first, block);
         mma_pair(dv, e, b);
     }
-    store_transposed(shared + Z, 0, z, false, 1.0f);
     as_left(high, z);
-    rows_square(b, squares);
-    mma_pair(dv, high, b);
+    store_transposed(shared + Z, 0, warp_id(), high);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         rows_operand(b, shared + R, first, block);
@@ -227,7 +218,7 @@ DEVICE void channel_gradients(const char* shared, int step, const char* squares,
     const char* state = state_tile((char*)shared, step);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(x, state, 16 * block, warp), rows_operand(e, shared + STATES, 16 * block, warp);
+        rows_operand(x, state, 16 * block, warp), rows_operand(e, shared + E_TILE, 16 * block, warp);
         left_operand(c, shared + DY, first, block), mma_pair(d.r, c, x);
         left_operand(c, shared + Z, 0, block), mma_pair(d.a, c, x);
         left_operand(c, shared + V, first, block), mma_pair(d.k, c, e);
@@ -404,17 +395,22 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         scale_tile(shared + DY, r_scales, inverse_power(e_scale));
         sync_block();
         Rows state;
-        float u[STEPS][2][4], after[4];
+        u32 u[STEPS][4], second[4][4];
+        float after[4];
         read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
-        rebuild(shared, state, u);
+        rebuild(shared, state, u, second);
         passing_on(shared, state, E, after);  // waits for all: W is no longer needed
 #pragma unroll
         for (int step = 0; step < STEPS; ++step)
-            store_transposed(shared + U, STEP * step, u[step], false, 1.0f);
+            store_transposed(shared + U, STEP * step, warp_id(), u[step]);
         const float unit = v_scale * e_scale;
 #pragma unroll 1
         for (int step = STEPS - 1; step >= 0; --step) {
             float out[2][4] = {};
+            if (step == 1)
+#pragma unroll
+                for (int block = 0; block < N / 16; ++block)
+                    store_left(state_tile(shared, 1), 16 * warp_id(), block, second[block]);
             if (step == 0) {
                 read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
                 times_channels(state, step_to_middle(shared, 0));
@@ -422,7 +418,13 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
             }
             rows_back(shared, step, E, out);
             sync_block();
-            store_transposed(shared + MOVE_BACK, STEP * step, out, true, k_scales[step] * e_scale);
+            u32 rounded[4];
+            const float v_unit = step_scales(shared, step)[1] * e_scale;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                rounded[i] = pack_input(out[i >> 1][(i & 1) * 2] * v_unit,
+                                        out[i >> 1][(i & 1) * 2 + 1] * v_unit);
+            store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
             score_gradients(shared, step);
             sync_block();
             Gradients d;
