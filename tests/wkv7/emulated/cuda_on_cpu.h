@@ -62,6 +62,11 @@ static inline float shuffle_xor(float x, int mask) {
     float r = exchange_f[warp_id() * LANES + (lane_id() ^ mask)]; sync_warp();
     return r;
 }
+static inline float shuffle_from(float x, int lane) {
+    exchange_f[current] = x; sync_warp();
+    float r = exchange_f[warp_id() * LANES + lane]; sync_warp();
+    return r;
+}
 static inline float part(u32 pair, int i) { return half_value((u16)(i ? pair >> 16 : pair)); }
 static inline void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     u32* mine = exchange_u[current];
@@ -99,6 +104,17 @@ static inline void load_any(u32 r[4], const void* row, bool transposed) {
 }
 static inline void load_tiles(u32 r[4], const void* row) { load_any(r, row, false); }
 static inline void load_tiles_transposed(u32 r[4], const void* row) { load_any(r, row, true); }
+static inline void store_tiles_transposed(void* row, const u32 r[4]) {
+    exchange_p[current] = row; sync_warp();
+    const void** all = exchange_p + warp_id() * LANES;
+    int q = lane_id() / 4, p = lane_id() % 4 * 2;
+    for (int m = 0; m < 4; ++m)
+        for (int i = 0; i < 2; ++i) {
+            u16 x = (u16)(r[m] >> (16 * i));
+            memcpy((char*)all[m * 8 + p + i] + 2 * q, &x, 2);
+        }
+    sync_warp();
+}
 static inline void copy_16(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }

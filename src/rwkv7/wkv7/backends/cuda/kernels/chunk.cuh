@@ -5,7 +5,7 @@
 //     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
 // g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
 // of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
-// Compiled with the macros INPUT_FP16, W_FP32, LOGIT, SAVE and PACKED, each 0 or 1.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1, and BACKWARD.
 #pragma once
 #include "warp.cuh"
 
@@ -17,14 +17,24 @@ constexpr int TILE = CHUNK * N * 2;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
-// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α and then
-// W = X·α, v y. w makes room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb.
+// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
+// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE receives W = X·α, in
+// the forward pass over α; there v's tile ends as y's.
 constexpr int R = 0, K = TILE, V = 2 * TILE, A = 3 * TILE, B = 4 * TILE, W = 5 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
-constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 1280, SOLVE_ROW = 80;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 2 * 512, SOLVE_ROW = 80;
 constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
 constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
-constexpr int SHARED_BYTES = SCALES + STEPS * SCALES_STEP;
+constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
+constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
+// What κ and β lose to fp16. In the backward pass κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
+constexpr int K_LOW = COMMON_BYTES + (BACKWARD ? TILE : 0);
+constexpr int B_LOW = K_LOW + TILE;
+constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
+// A_ab in fp32 while it is solved; the tile behind is free until then.
+constexpr int SCRATCH = BACKWARD ? B_LOW + 2 * TILE : B_LOW + TILE;
+constexpr int SCRATCH_STEP = (STEP - 1) * SOLVE_ROW + STEP * 4;
+constexpr int FORWARD_BYTES = SCRATCH + STEPS * SCRATCH_STEP;
 constexpr int SQUARE = 512;
 
 // What a step keeps in shared memory beside its rows of the tiles.
@@ -122,13 +132,16 @@ DEVICE void prepare_operands(char* shared, int tokens) {
         u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
         float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
         *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
-        *k = pack_half(low_input(*k) * (down0 * k_inverse), high_input(*k) * (down1 * k_inverse));
-        *b = pack_half(low_input(*b) * (down0 * a_scale), high_input(*b) * (down1 * a_scale));
+        float k0 = low_input(*k) * (down0 * k_inverse), k1 = high_input(*k) * (down1 * k_inverse);
+        *k = pack_half(k0, k1);
+        *channels_at(shared + K_LOW, first + j) = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
+        *b = pack_half(b0, b1);
+        *channels_at(shared + B_LOW, first + j) = pack_half(b0 - low_half(*b), b1 - high_half(*b));
         float a0 = low_input(*a) * (before0 * a_inverse);
         float a1 = high_input(*a) * (before1 * a_inverse);
-        u32 high = pack_half(a0, a1);
-        *a = high;
-        *channels_at(low, first + j) = pack_half(a0 - low_half(high), a1 - high_half(high));
+        *a = pack_half(a0, a1);
+        *channels_at(low, first + j) = pack_half(a0 - low_half(*a), a1 - high_half(*a));
         before0 = up0[j], before1 = up1[j];
     }
     sync_warp();
@@ -136,13 +149,13 @@ DEVICE void prepare_operands(char* shared, int tokens) {
 
 // (I - A_ab)⁻¹ of a step, a column a lane, by forward substitution in fp32; kept as two squares of
 // fp16, the number rounded and what that leaves.
-DEVICE void invert(char* inverse, const float ab[2][4]) {
+DEVICE void invert(char* inverse, char* scratch, const float ab[2][4]) {
     const int lane = lane_id(), column = lane & 15;
     const int row = lane >> 2, at = (lane & 3) * 2;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-        float* top = (float*)(inverse + row * SOLVE_ROW) + 8 * n + at;
-        float* bottom = (float*)(inverse + (row + 8) * SOLVE_ROW) + 8 * n + at;
+        float* top = (float*)(scratch + row * SOLVE_ROW) + 8 * n + at;
+        float* bottom = (float*)(scratch + (row + 8) * SOLVE_ROW) + 8 * n + at;
         top[0] = ab[n][0], top[1] = ab[n][1], bottom[0] = ab[n][2], bottom[1] = ab[n][3];
     }
     sync_warp();
@@ -154,12 +167,11 @@ DEVICE void invert(char* inverse, const float ab[2][4]) {
         float sum = i == column ? 1.0f : 0.0f;
 #pragma unroll
         for (int l = 0; l < i; l += 4) {
-            const float4 a = *(const float4*)(inverse + i * SOLVE_ROW + 4 * l);
+            const float4 a = *(const float4*)(scratch + i * SOLVE_ROW + 4 * l);
             sum += a.x * x[l] + a.y * x[l + 1] + a.z * x[l + 2] + a.w * x[l + 3];
         }
         x[i] = sum;
     }
-    sync_warp();
     char* square = inverse + (lane < 16 ? 0 : SQUARE);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
@@ -179,9 +191,54 @@ DEVICE void keep_lower(float d[2][4], bool diagonal) {
     }
 }
 
+// W = X·α of a step. Of the four products of halves the three that count.
+DEVICE void find_move(char* shared, int step, const char* inverse) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4];
+    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        rows_operand(high, shared + A, first, block);
+        rows_operand(low, step_low(shared, step), first, block);
+        float d[2][4] = {};
+        mma_pair(d, x_high, high), mma_pair(d, x_high, low), mma_pair(d, x_low, high);
+        store_rows(shared + MOVE, first, block, d);
+    }
+}
+
+// W_b = Xᵀ·β of a step, and κ + A_akᵀ·W_b, by which E reaches v: on a repeated key its terms cancel,
+// and they do so here, in fp32, before E multiplies what is left.
+DEVICE void find_move_back(char* shared, int step, const char* inverse, const char* squares) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4], ak_high[4], ak_low[4];
+    rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
+    rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        float w[2][4] = {}, key[2][4];
+        left_transposed(high, shared + K, first, block);
+        left_transposed(low, shared + K_LOW, first, block);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
+            key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
+        }
+        left_transposed(high, shared + B, first, block);
+        left_transposed(low, shared + B_LOW, first, block);
+        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
+        as_left_split(high, low, w);
+        mma_pair(key, high, ak_high), mma_pair(key, high, ak_low), mma_pair(key, low, ak_high);
+        store_transposed(shared + MOVE_BACK, first, block, high);
+        as_left(high, key);
+        store_transposed(shared + KEY_BACK, first, block, high);
+    }
+}
+
 // All that a warp's step needs before the state: operands, scores, inverse and W.
 DEVICE void prepare(char* shared, int tokens) {
-    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    const int step = warp_id(), first = STEP * step;
     prepare_operands(shared, tokens);
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
 #pragma unroll
@@ -196,27 +253,14 @@ DEVICE void prepare(char* shared, int tokens) {
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
     char* inverse = step_inverse(shared, step);
-    invert(inverse, ab);
-    u32 x_high[4], x_low[4];
-    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
-#pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
-        u32 high[4], low[4];
-        rows_operand(high, shared + A, first, block);
-        rows_operand(low, step_low(shared, step), first, block);
-        float w[2][4] = {};
-        mma_pair(w, x_high, high), mma_pair(w, x_high, low), mma_pair(w, x_low, high);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            char *top = shared + A + tile_at(first + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
-            char *bottom =
-                shared + A + tile_at(first + 8 + (lane >> 2), 2 * block + n) + (lane & 3) * 4;
-            *(u32*)top = pack_half(w[n][0], w[n][1]);
-            *(u32*)bottom = pack_half(w[n][2], w[n][3]);
-        }
-    }
+    invert(inverse, shared + SCRATCH + step * SCRATCH_STEP, ab);
+    find_move(shared, step, inverse);
     sync_warp();  // the low part of α has been read; its rows are used anew
     char* squares = step_squares(shared, step);
-    store_square(squares, ak), store_square(squares + SQUARE, rk);
-    store_square(squares + 2 * SQUARE, rb);
+    store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
+    store_square_split(squares, squares + 3 * SQUARE, ak);
+    if (BACKWARD) {
+        sync_warp();
+        find_move_back(shared, step, inverse, squares);
+    }
 }

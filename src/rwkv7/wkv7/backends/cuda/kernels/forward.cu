@@ -1,64 +1,9 @@
 // Forward: one block a (sequence, head), a walk over its chunks with the state in registers.
 //
-// In a walk, warp w has the rows 16 w.. of the state [V, K] and no business with the others': a
-// product's fragment is the next product's operand. See chunk.cuh for the operands.
-#include "chunk.cuh"
-
-#ifndef EMULATED
-extern __shared__ __align__(128) char shared_memory[];
-#endif
-
-// The warp's rows of the state: eight tiles [16, 8] side by side.
-struct Rows {
-    float s[8][4];
-};
-
-DEVICE void times_channels(Rows& state, const float* factor) {
-    const int p = (lane_id() & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        const float2 f = *(const float2*)(factor + 8 * n + p);
-        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
-    }
-}
-
-DEVICE void times(Rows& state, float factor) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) state.s[n][i] *= factor;
-}
-
-DEVICE float largest(const Rows& state) {
-    float most = 0;
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state.s[n][i]));
-    return most;
-}
-
-// state [V, K] of fp32 in memory: to registers, and back.
-DEVICE void read_rows(Rows& state, const float* from) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        const float2 top = *(const float2*)(from + v * N + 8 * n + p);
-        const float2 bottom = *(const float2*)(from + (v + 8) * N + 8 * n + p);
-        state.s[n][0] = top.x, state.s[n][1] = top.y;
-        state.s[n][2] = bottom.x, state.s[n][3] = bottom.y;
-    }
-}
-DEVICE void write_rows(const Rows& state, float* to, float scale) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        float2 top = {state.s[n][0] * scale, state.s[n][1] * scale};
-        float2 bottom = {state.s[n][2] * scale, state.s[n][3] * scale};
-        *(float2*)(to + v * N + 8 * n + p) = top;
-        *(float2*)(to + (v + 8) * N + 8 * n + p) = bottom;
-    }
-}
+// Warp w has the rows 16 w.. of the state [V, K] and no business with the others': a product's
+// fragment is the next product's operand. See chunk.cuh for the operands.
+#define BACKWARD 0
+#include "state.cuh"
 
 // The state before a chunk, for the backward pass: fp16, a power of two a row.
 DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale) {
@@ -81,12 +26,12 @@ DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale
 
 // Sixteen tokens: y into the warp's columns of v's tile, times `scale`; the state moves on.
 DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], float scale) {
-    const int first = STEP * step, lane = lane_id();
+    const int first = STEP * step;
     const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
     u32 b[4], c[4], high[4], low[4];
     float u[2][4] = {}, y[2][4] = {}, x[2][4] = {};
-    columns_square(b, squares);
-    mma_pair(x, v, b);  // (A_ak V)ᵀ
+    columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
+    mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
     as_left_split(high, low, x);
     columns_square(b, inverse), columns_square(c, inverse + SQUARE);
     mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
@@ -96,7 +41,7 @@ DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], float
     for (int block = 0; block < N / 16; ++block) {
         u32 s[4];
         as_left(s, &state.s[2 * block]);
-        columns_operand(b, shared + A, first, block);
+        columns_operand(b, shared + MOVE, first, block);
         mma_pair(u, s, b);
         columns_operand(b, shared + R, first, block);
         mma_pair(y, s, b);
@@ -106,26 +51,15 @@ DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], float
     mma_pair(y, high, b);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(b, shared + K, first, block);
-        mma_pair(&state.s[2 * block], v, b);
-        rows_operand(b, shared + B, first, block);
-        mma_pair(&state.s[2 * block], high, b);
+        rows_operand(b, shared + K, first, block), rows_operand(c, shared + K_LOW, first, block);
+        mma_pair(&state.s[2 * block], v, b), mma_pair(&state.s[2 * block], v, c);
+        rows_operand(b, shared + B, first, block), rows_operand(c, shared + B_LOW, first, block);
+        mma_pair(&state.s[2 * block], high, b), mma_pair(&state.s[2 * block], high, c);
     }
-    const int q = lane >> 2, t = first + (lane & 3) * 2;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int token = t + (i & 1) + (i >> 2) * 8, channel = 16 * warp_id() + q + (i & 2) * 4;
-        u16* to = (u16*)(shared + V + tile_at(token, channel >> 3)) + (channel & 7);
-        *to = (u16)pack_input(y[i >> 2][i & 3] * scale, 0.0f);
-    }
-}
-
-DEVICE float largest_input(const u32 v[4]) {
-    float most = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        most = fmaxf(most, fmaxf(fabsf(low_input(v[i])), fabsf(high_input(v[i]))));
-    return most;
+        b[i] = pack_input(y[i >> 1][(i & 1) * 2] * scale, y[i >> 1][(i & 1) * 2 + 1] * scale);
+    store_transposed(shared + V, first, warp_id(), b);
 }
 
 // A chunk: the state is given and left divided by `scale`, a power of two of the warp's own.
@@ -157,7 +91,7 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale) {
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(128, W_FP32 ? 3 : 4)
+__global__ void __launch_bounds__(128, W_FP32 ? 2 : 3)
 wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
              const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
              const float* __restrict__ initial, char* __restrict__ y, float* __restrict__ final,

@@ -41,6 +41,26 @@ DEVICE void load_tiles_transposed(u32 r[4], const void* row) {
                  : "r"(shared_address(row)) : "memory");
 }
 
+// The reverse of load_tiles_transposed.
+DEVICE void store_tiles_transposed(void* row, const u32 r[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                     shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+    const u32 mine = shared_address(row);
+    const int l = lane_id(), q = l >> 2, p = (l & 3) * 2;
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 to = __shfl_sync(0xffffffffu, mine, 8 * m + p + i) + 2 * q;
+            const u16 x = (u16)(r[m] >> (16 * i));
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
+        }
+#endif
+}
+
 // 16 bytes to shared memory, zeros unless `valid`; done after copies_done.
 DEVICE void copy_16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -75,6 +95,7 @@ DEVICE float inverse_of(float x) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE void sync_block() { __syncthreads(); }
@@ -134,6 +155,11 @@ DEVICE void left_transposed(u32 r[4], const char* tile, int first, int block) {
     load_tiles_transposed(r,
                           tile + tile_at(first + (l & 7) + (l >> 4 << 3), 2 * block + (l >> 3 & 1)));
 }
+DEVICE void store_transposed(char* tile, int first, int block, const u32 r[4]) {
+    int l = lane_id();
+    store_tiles_transposed(
+        tile + tile_at(first + (l & 7) + (l >> 4 << 3), 2 * block + (l >> 3 & 1)), r);
+}
 // The same for a square [16, 16].
 DEVICE void left_square(u32 r[4], const char* square) {
     int l = lane_id();
@@ -142,6 +168,15 @@ DEVICE void left_square(u32 r[4], const char* square) {
 DEVICE void columns_square(u32 r[4], const char* square) {
     int l = lane_id();
     load_tiles(r, square + square_at((l & 7) + (l >> 4 << 3), l >> 3 & 1));
+}
+// Xᵀ of a square as the left operand, and X as the right one.
+DEVICE void left_square_transposed(u32 r[4], const char* square) {
+    int l = lane_id();
+    load_tiles_transposed(r, square + square_at((l & 7) + (l >> 4 << 3), l >> 3 & 1));
+}
+DEVICE void rows_square(u32 r[4], const char* square) {
+    int l = lane_id();
+    load_tiles_transposed(r, square + square_at(l & 15, l >> 4));
 }
 
 // d [16, 16] += a b, with b as one of the operands above.
@@ -161,6 +196,18 @@ DEVICE void as_left_split(u32 high[4], u32 low[4], const float d[2][4]) {
         low[i] = pack_half(d[i >> 1][(i & 1) * 2] - low_half(high[i]),
                            d[i >> 1][(i & 1) * 2 + 1] - high_half(high[i]));
 }
+// A left operand [16, 16], or a product, into 16 rows of a tile, channels 16 block..
+DEVICE void store_left(char* tile, int first, int block, const u32 a[4]) {
+    int row = first + (lane_id() >> 2), at = (lane_id() & 3) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        *(u32*)(tile + tile_at(row + (i & 1) * 8, 2 * block + (i >> 1)) + at) = a[i];
+}
+DEVICE void store_rows(char* tile, int first, int block, const float d[2][4]) {
+    u32 a[4];
+    as_left(a, d);
+    store_left(tile, first, block, a);
+}
 // A product [16, 16] into a square of shared memory.
 DEVICE void store_square(char* square, const float d[2][4]) {
     int row = lane_id() >> 2, at = (lane_id() & 3) * 4;
@@ -168,5 +215,16 @@ DEVICE void store_square(char* square, const float d[2][4]) {
     for (int n = 0; n < 2; ++n) {
         *(u32*)(square + square_at(row, n) + at) = pack_half(d[n][0], d[n][1]);
         *(u32*)(square + square_at(row + 8, n) + at) = pack_half(d[n][2], d[n][3]);
+    }
+}
+// The same in two squares: the number rounded, and what that leaves.
+DEVICE void store_square_split(char* high, char* low, const float d[2][4]) {
+    u32 a[4], b[4];
+    as_left_split(a, b, d);
+    int row = lane_id() >> 2, at = (lane_id() & 3) * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int to = square_at(row + (i & 1) * 8, i >> 1) + at;
+        *(u32*)(high + to) = a[i], *(u32*)(low + to) = b[i];
     }
 }
