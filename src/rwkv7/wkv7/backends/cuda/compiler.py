@@ -8,7 +8,6 @@ that another would take for a kernel. Importing this module loads no compiler.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -62,33 +61,31 @@ def compiled(kernel: Kernel, macros: Macros, target: str) -> bytes:
     Raises:
         RuntimeError: NVRTC refuses the source; its log is in the message.
     """
-    sources = _sources(kernel)
-    options = _options(macros, target)
-    inputs = [kernel.program(macros), sources, options, _version()]
-    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
-    chosen = [name.lower() for name, value in macros if value]
-    entry = None
-    with contextlib.suppress(RuntimeError):  # no home folder: nothing is kept
-        entry = cache_folder() / "-".join([kernel.name, target, *chosen, f"{key}.cubin"])
-    if entry is not None and (found := _read(entry)) is not None:
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # nowhere to keep it
+        return compile_kernel(kernel, macros, target)[0]
+    entry = folder / _entry_name(kernel, macros, target)
+    if (found := _read(entry)) is not None:
         return found
-    cubin, _ = compile_source(kernel.program(macros), sources, options)
-    if entry is not None:
-        _keep(entry, cubin)
+    cubin, _ = compile_kernel(kernel, macros, target)
+    _keep(entry, cubin)
     return cubin
 
 
-def compile_source(program: str, sources: dict[str, str], options: list[str]) -> tuple[bytes, str]:
-    """`program`, which may include `sources` by name, as a cubin, and NVRTC's log of it.
+def compile_kernel(kernel: Kernel, macros: Macros, target: str) -> tuple[bytes, str]:
+    """The kernel as a cubin for `target`, compiled in any case, and NVRTC's log of it.
 
     Raises:
         RuntimeError: with the log, when it does not compile.
     """
     nvrtc = _nvrtc()
-    doing = f"compiling with NVRTC ({' '.join(options)})"
-    headers = [text.encode() for text in sources.values()]
+    options = _options(macros, target)
+    doing = f"compiling {kernel.entry} with NVRTC ({' '.join(options)})"
+    program, sources = kernel.program(macros).encode(), _sources(kernel)
     names = [name.encode() for name in sources]
-    created = nvrtc.nvrtcCreateProgram(program.encode(), b"program.cu", len(names), headers, names)
+    texts = [text.encode() for text in sources.values()]
+    created = nvrtc.nvrtcCreateProgram(program, b"program.cu", len(names), texts, names)
     unit = checked(created, doing)
     try:
         (status,) = nvrtc.nvrtcCompileProgram(unit, len(options), [o.encode() for o in options])
@@ -149,6 +146,14 @@ def checked(result: tuple[Any, ...], doing: str) -> Any:
     if int(status) != 0:
         raise RuntimeError(f"{doing}: {status.name}")
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _entry_name(kernel: Kernel, macros: Macros, target: str) -> str:
+    """kernel-target-macros-digest of all that goes into the cubin."""
+    inputs = [kernel.program(macros), _sources(kernel), _options(macros, target), _version()]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]
+    chosen = [name.lower() for name, value in macros if value]
+    return "-".join([kernel.name, target, *chosen, f"{key}.cubin"])
 
 
 def _sources(kernel: Kernel) -> dict[str, str]:

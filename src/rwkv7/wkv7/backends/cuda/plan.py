@@ -56,8 +56,8 @@ class Kernel:
         )
 
 
-FORWARD = Kernel("forward", threads=128, shared=(56384, 64576), constant="SHARED_BYTES")
-BACKWARD = Kernel("backward", threads=128, shared=(72768, 80960), constant="SHARED_BYTES")
+FORWARD = Kernel("forward", threads=128, shared=(76800, 84992), constant="FORWARD_BYTES")
+BACKWARD = Kernel("backward", threads=128, shared=(114752, 122944), constant="SHARED_BYTES")
 KERNELS = (FORWARD, BACKWARD)
 # A card must have this much shared memory for a block.
 LARGEST_SHARED = max(max(kernel.shared) for kernel in KERNELS)
