@@ -50,6 +50,13 @@ static inline u16 bf16_of(float x) {
 }
 static inline u32 pack_half(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
 static inline u32 pack_bf16(float low, float high) { return bf16_of(low) | (u32)bf16_of(high) << 16; }
+static inline float bf16_value(u16 x) { return from_bits((u32)x << 16); }
+static inline u32 max_pair_half(u32 x, u32 y) {
+    return pack_half(fmaxf(half_value((u16)x), half_value((u16)y)), fmaxf(half_value(x >> 16), half_value(y >> 16)));
+}
+static inline u32 max_pair_bf16(u32 x, u32 y) {
+    return pack_bf16(fmaxf(bf16_value((u16)x), bf16_value((u16)y)), fmaxf(bf16_value(x >> 16), bf16_value(y >> 16)));
+}
 static inline float exp2_of(float x) { return exp2f(x); }
 static inline float inverse_of(float x) { return 1.0f / x; }
 

@@ -87,7 +87,10 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
         const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
         u32 v[4], b[4], c[4], high[4], low[4];
         float x[2][4] = {}, removed[2][4] = {};
-        times_channels(state, step_to_middle(shared, step));
+        if (step == 0)
+            times_channels(state, step_to_middle(shared, 0));
+        else
+            times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
         if (step == 1)
 #pragma unroll
             for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
@@ -113,8 +116,8 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
             rows_operand(b, shared + B, first, block);
             mma_pair(&state.s[2 * block], u[step], b);
         }
-        times_channels(state, step_to_end(shared, step));
     }
+    times_channels(state, step_to_end(shared, STEPS - 1));
 }
 
 // By rows of V: Z and E into shared memory, dv of the step given, E before the step.
@@ -376,7 +379,11 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         load_tile(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
         copies_done();
         sync_block();
-        prepare(shared, left);
+        if (left < CHUNK) {
+            fill_decays(shared, left);
+            sync_block();
+        }
+        prepare(shared);
         sync_block();
         // Both sides on a power of two each.
         float r_scales[STEPS], k_scales[STEPS], most_state = 0;

@@ -57,6 +57,9 @@ DEVICE float low_input(u32 x) { return INPUT_FP16 ? low_half(x) : low_bf16(x); }
 DEVICE float high_input(u32 x) { return INPUT_FP16 ? high_half(x) : high_bf16(x); }
 DEVICE u32 pack_input(float x, float y) { return INPUT_FP16 ? pack_half(x, y) : pack_bf16(x, y); }
 
+DEVICE u32 max_pair(u32 x, u32 y) { return INPUT_FP16 ? max_pair_half(x, y) : max_pair_bf16(x, y); }
+constexpr u32 SIGNLESS = 0x7fff7fffu;
+
 DEVICE float log2_decay(float w) {
     return LOGIT ? -LOGIT_SCALE * LOG2E * inverse_of(1.0f + exp2_of(-LOG2E * w)) : w * LOG2E;
 }
@@ -80,17 +83,27 @@ DEVICE void load_tile(char* tile, const char* from, i64 stride, int tokens, int 
 
 // The tile's rows of a step times up (and the scale), as fp16; gives the power of two taken out.
 DEVICE float scale_of(char* tile, int first) {
-    float most = 0;
+    u32 most = 0;
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) {
-        u32 x = *channels_at(tile, first + j);
-        most = fmaxf(most, fmaxf(fabsf(low_input(x)), fabsf(high_input(x))));
+    for (int j = 0; j < STEP; ++j) most = max_pair(most, *channels_at(tile, first + j) & SIGNLESS);
+    return power_of_two(warp_max(fmaxf(low_input(most), high_input(most))));
+}
+
+// The rows of w past the end of a sequence, made such that nothing decays there.
+DEVICE void fill_decays(char* shared, int tokens) {
+    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
+    for (int i = tokens * N + threadIdx.x; i < CHUNK * N; i += 128) {
+        const int row = i / N, channel = i % N;
+        if (W_FP32)
+            ((float*)(shared + W + row * W_ROW))[channel] = -1e30f;
+        else
+            ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
+                INPUT_FP16 ? 0xfc00 : 0xff80;
     }
-    return power_of_two(warp_max(most));
 }
 
 // The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
-DEVICE void prepare_operands(char* shared, int tokens) {
+DEVICE void prepare_operands(char* shared) {
     const int step = warp_id(), lane = lane_id(), first = STEP * step;
     float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
 #pragma unroll
@@ -103,9 +116,7 @@ DEVICE void prepare_operands(char* shared, int tokens) {
             u32 x = *channels_at(shared + W, first + j);
             w0 = low_input(x), w1 = high_input(x);
         }
-        bool inside = first + j < tokens;
-        g0 += inside ? log2_decay(w0) : 0.0f;
-        g1 += inside ? log2_decay(w1) : 0.0f;
+        g0 += log2_decay(w0), g1 += log2_decay(w1);
         up0[j] = g0, up1[j] = g1;
     }
     const float m0 = up0[STEP / 2 - 1], m1 = up1[STEP / 2 - 1];
@@ -237,9 +248,9 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
 }
 
 // All that a warp's step needs before the state: operands, scores, inverse and W.
-DEVICE void prepare(char* shared, int tokens) {
+DEVICE void prepare(char* shared) {
     const int step = warp_id(), first = STEP * step;
-    prepare_operands(shared, tokens);
+    prepare_operands(shared);
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {

@@ -82,10 +82,13 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             half[i] = pack_half(low_input(v[step][i]) * f, high_input(v[step][i]) * f);
-        times_channels(state, step_to_middle(shared, step));
+        if (step == 0)
+            times_channels(state, step_to_middle(shared, 0));
+        else
+            times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
         walk_step(shared, step, state, half, scales[0] * scale);
-        times_channels(state, step_to_end(shared, step));
     }
+    times_channels(state, step_to_end(shared, STEPS - 1));
 }
 
 #ifndef EMULATED
@@ -122,7 +125,11 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
         }
         copies_done();
         sync_block();
-        prepare(shared, left);
+        if (left < CHUNK) {
+            fill_decays(shared, left);
+            sync_block();
+        }
+        prepare(shared);
         sync_block();
         walk_chunk(shared, state, scale);
         sync_block();
