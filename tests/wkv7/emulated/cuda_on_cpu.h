@@ -122,6 +122,17 @@ static inline void store_tiles_transposed(void* row, const u32 r[4]) {
         }
     sync_warp();
 }
+static inline u32 transpose_tile(u32 x) {
+    exchange_u[current][0] = x; sync_warp();
+    u32 (*all)[6] = exchange_u + warp_id() * LANES;
+    u32 r = 0;
+    for (int i = 0; i < 2; ++i) {
+        int row = lane_id() % 4 * 2 + i, col = lane_id() / 4;  // of the tile as it was
+        r |= (all[row * 4 + col / 2][0] >> (col % 2 * 16) & 0xffff) << (16 * i);
+    }
+    sync_warp();
+    return r;
+}
 static inline void copy_16(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }

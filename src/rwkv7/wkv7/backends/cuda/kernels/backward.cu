@@ -9,10 +9,11 @@
 #define BACKWARD 1
 #include "state.cuh"
 
-// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; dY; E; the states
+// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; V; dY; E; the states
 // before steps 3 and 2, later those before steps 1 and 0; Z of one step.
 constexpr int U = MOVE;
-constexpr int DY = MOVE_BACK + TILE;
+constexpr int V = MOVE_BACK + TILE;
+constexpr int DY = V + TILE;
 constexpr int E_TILE = DY + TILE;
 constexpr int STATES = E_TILE + TILE;
 constexpr int Z = STATES + 2 * TILE;
@@ -141,10 +142,11 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     mma_pair(dv, dy, b);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        u32 e[4];
-        as_left(e, &E.s[2 * block]);
+        u32 e[4], e_low[4];
+        as_left_split(e, e_low, &E.s[2 * block]);
         columns_operand(b, shared + MOVE_BACK, first, block);
         mma_pair(z, e, b);
+        if (INPUT_FP16) mma_pair(z, e_low, b);
         columns_operand(b, shared + KEY_BACK, first, block);
         mma_pair(dv, e, b);
     }

@@ -18,23 +18,23 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
 // Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
-// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE receives W = X·α, in
-// the forward pass over α; there v's tile ends as y's.
-constexpr int R = 0, K = TILE, V = 2 * TILE, A = 3 * TILE, B = 4 * TILE, W = 5 * TILE;
+// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE
+// receives W = X·α, in the forward pass over α.
+constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
-constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 2 * 512, SOLVE_ROW = 80;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
+constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * SOLVE_ROW;
 constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
 constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
 constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
+// What κ and β lose to fp16: for the state a byte of each is enough, the upper ones of fp16 numbers,
+// κ's above β's in one tile.
+constexpr int LOWS = COMMON_BYTES;
+constexpr int FORWARD_BYTES = LOWS + TILE;
+// Backward they are fp16; then κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
 constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
-// What κ and β lose to fp16. In the backward pass κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
-constexpr int K_LOW = COMMON_BYTES + (BACKWARD ? TILE : 0);
-constexpr int B_LOW = K_LOW + TILE;
+constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
 constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
-// A_ab in fp32 while it is solved; the tile behind is free until then.
-constexpr int SCRATCH = BACKWARD ? B_LOW + 2 * TILE : B_LOW + TILE;
-constexpr int SCRATCH_STEP = (STEP - 1) * SOLVE_ROW + STEP * 4;
-constexpr int FORWARD_BYTES = SCRATCH + STEPS * SCRATCH_STEP;
 constexpr int SQUARE = 512;
 
 // What a step keeps in shared memory beside its rows of the tiles.
@@ -87,6 +87,13 @@ DEVICE float scale_of(char* tile, int first) {
 #pragma unroll
     for (int j = 0; j < STEP; ++j) most = max_pair(most, *channels_at(tile, first + j) & SIGNLESS);
     return power_of_two(warp_max(fmaxf(low_input(most), high_input(most))));
+}
+
+// Both halves' upper bytes, and what rounds to them.
+constexpr u32 UPPER = 0xff00ff00u, HALF_BYTE = 0x00800080u;
+DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
 }
 
 // The rows of w past the end of a sequence, made such that nothing decays there.
@@ -145,10 +152,16 @@ DEVICE void prepare_operands(char* shared) {
         *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
         float k0 = low_input(*k) * (down0 * k_inverse), k1 = high_input(*k) * (down1 * k_inverse);
         *k = pack_half(k0, k1);
-        *channels_at(shared + K_LOW, first + j) = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        const u32 k_low = pack_half(k0 - low_half(*k), k1 - high_half(*k));
         float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
         *b = pack_half(b0, b1);
-        *channels_at(shared + B_LOW, first + j) = pack_half(b0 - low_half(*b), b1 - high_half(*b));
+        const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
+        if (BACKWARD)
+            *channels_at(shared + K_LOW, first + j) = k_low,
+                                                 *channels_at(shared + B_LOW, first + j) = b_low;
+        else
+            *channels_at(shared + LOWS, first + j) =
+                (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
         float a0 = low_input(*a) * (before0 * a_inverse);
         float a1 = high_input(*a) * (before1 * a_inverse);
         *a = pack_half(a0, a1);
@@ -183,6 +196,7 @@ DEVICE void invert(char* inverse, char* scratch, const float ab[2][4]) {
         }
         x[i] = sum;
     }
+    sync_warp();  // forward the squares overwrite what was solved
     char* square = inverse + (lane < 16 ? 0 : SQUARE);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
@@ -261,10 +275,25 @@ DEVICE void prepare(char* shared) {
         columns_operand(kappa, shared + K, first, block);
         mma_pair(ab, alpha, beta), mma_pair(ak, alpha, kappa);
         mma_pair(rb, rho, beta), mma_pair(rk, rho, kappa);
+        if (INPUT_FP16) {  // held to finer bounds than bf16
+            u32 low[4];
+            left_operand(low, step_low(shared, step), first, block);
+            mma_pair(ab, low, beta), mma_pair(ak, low, kappa);
+            u32 k_low[4], b_low[4];
+            if (BACKWARD) {
+                columns_operand(k_low, shared + K_LOW, first, block);
+                columns_operand(b_low, shared + B_LOW, first, block);
+            } else {
+                columns_operand(low, shared + LOWS, first, block);
+                take_lows(k_low, b_low, low);
+            }
+            mma_pair(ab, alpha, b_low), mma_pair(rb, rho, b_low);
+            mma_pair(ak, alpha, k_low), mma_pair(rk, rho, k_low);
+        }
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
     char* inverse = step_inverse(shared, step);
-    invert(inverse, shared + SCRATCH + step * SCRATCH_STEP, ab);
+    invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
     find_move(shared, step, inverse);
     sync_warp();  // the low part of α has been read; its rows are used anew
     char* squares = step_squares(shared, step);

@@ -61,6 +61,13 @@ DEVICE void store_tiles_transposed(void* row, const u32 r[4]) {
 #endif
 }
 
+// A tile [8, 8] of 16-bit numbers in registers, transposed.
+DEVICE u32 transpose_tile(u32 x) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // 16 bytes to shared memory, zeros unless `valid`; done after copies_done.
 DEVICE void copy_16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
