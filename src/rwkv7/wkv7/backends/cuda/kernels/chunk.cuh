@@ -5,7 +5,8 @@
 //     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
 // g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
 // of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
-// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1, and BACKWARD.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1. The file that includes
+// this one says with BACKWARD, WITH_R, WITH_K and WITH_MOVE what it needs.
 #pragma once
 #include "warp.cuh"
 
@@ -134,7 +135,8 @@ DEVICE void prepare_operands(char* shared) {
     float before0 = exp2_of(-m0), before1 = exp2_of(-m1);
 #pragma unroll
     for (int j = 0; j < STEP; ++j) up0[j] = exp2_of(up0[j] - m0), up1[j] = exp2_of(up1[j] - m1);
-    const float r_scale = scale_of(shared + R, first), k_scale = scale_of(shared + K, first);
+    const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
+    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
     const float a_scale = scale_of(shared + A, first);
     const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
     const float a_inverse = inverse_power(a_scale);
@@ -149,16 +151,22 @@ DEVICE void prepare_operands(char* shared) {
         u32 *r = channels_at(shared + R, first + j), *k = channels_at(shared + K, first + j);
         u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
         float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
-        *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
-        float k0 = low_input(*k) * (down0 * k_inverse), k1 = high_input(*k) * (down1 * k_inverse);
-        *k = pack_half(k0, k1);
-        const u32 k_low = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        if (WITH_R)
+            *r = pack_half(low_input(*r) * (up0[j] * r_inverse),
+                           high_input(*r) * (up1[j] * r_inverse));
+        u32 k_low = 0;
+        if (WITH_K) {
+            float k0 = low_input(*k) * (down0 * k_inverse);
+            float k1 = high_input(*k) * (down1 * k_inverse);
+            *k = pack_half(k0, k1);
+            k_low = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        }
         float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
         *b = pack_half(b0, b1);
         const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
         if (BACKWARD)
             *channels_at(shared + K_LOW, first + j) = k_low,
-                                                 *channels_at(shared + B_LOW, first + j) = b_low;
+            *channels_at(shared + B_LOW, first + j) = b_low;
         else
             *channels_at(shared + LOWS, first + j) =
                 (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
@@ -238,11 +246,17 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
     const int first = STEP * step;
     u32 x_high[4], x_low[4], ak_high[4], ak_low[4];
     rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
-    rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
+    if (WITH_K) rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 high[4], low[4];
         float w[2][4] = {}, key[2][4];
+        left_transposed(high, shared + B, first, block);
+        left_transposed(low, shared + B_LOW, first, block);
+        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
+        as_left(high, w);
+        store_transposed(shared + MOVE_BACK, first, block, high);
+        if (!WITH_K) continue;
         left_transposed(high, shared + K, first, block);
         left_transposed(low, shared + K_LOW, first, block);
 #pragma unroll
@@ -250,12 +264,8 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
             key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
             key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
         }
-        left_transposed(high, shared + B, first, block);
-        left_transposed(low, shared + B_LOW, first, block);
-        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
         as_left_split(high, low, w);
         mma_pair(key, high, ak_high), mma_pair(key, high, ak_low), mma_pair(key, low, ak_high);
-        store_transposed(shared + MOVE_BACK, first, block, high);
         as_left(high, key);
         store_transposed(shared + KEY_BACK, first, block, high);
     }
@@ -270,15 +280,22 @@ DEVICE void prepare(char* shared) {
     for (int block = 0; block < N / 16; ++block) {
         u32 alpha[4], rho[4], beta[4], kappa[4];
         left_operand(alpha, shared + A, first, block);
-        left_operand(rho, shared + R, first, block);
         columns_operand(beta, shared + B, first, block);
-        columns_operand(kappa, shared + K, first, block);
-        mma_pair(ab, alpha, beta), mma_pair(ak, alpha, kappa);
-        mma_pair(rb, rho, beta), mma_pair(rk, rho, kappa);
+        mma_pair(ab, alpha, beta);
+        if (WITH_R) {
+            left_operand(rho, shared + R, first, block);
+            mma_pair(rb, rho, beta);
+        }
+        if (WITH_K) {
+            columns_operand(kappa, shared + K, first, block);
+            mma_pair(ak, alpha, kappa);
+        }
+        if (WITH_R && WITH_K) mma_pair(rk, rho, kappa);
         if (INPUT_FP16) {  // held to finer bounds than bf16
             u32 low[4];
             left_operand(low, step_low(shared, step), first, block);
-            mma_pair(ab, low, beta), mma_pair(ak, low, kappa);
+            mma_pair(ab, low, beta);
+            if (WITH_K) mma_pair(ak, low, kappa);
             u32 k_low[4], b_low[4];
             if (BACKWARD) {
                 columns_operand(k_low, shared + K_LOW, first, block);
@@ -287,18 +304,20 @@ DEVICE void prepare(char* shared) {
                 columns_operand(low, shared + LOWS, first, block);
                 take_lows(k_low, b_low, low);
             }
-            mma_pair(ab, alpha, b_low), mma_pair(rb, rho, b_low);
-            mma_pair(ak, alpha, k_low), mma_pair(rk, rho, k_low);
+            mma_pair(ab, alpha, b_low);
+            if (WITH_R) mma_pair(rb, rho, b_low);
+            if (WITH_K) mma_pair(ak, alpha, k_low);
+            if (WITH_R && WITH_K) mma_pair(rk, rho, k_low);
         }
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
     char* inverse = step_inverse(shared, step);
     invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
-    find_move(shared, step, inverse);
+    if (WITH_MOVE) find_move(shared, step, inverse);
     sync_warp();  // the low part of α has been read; its rows are used anew
     char* squares = step_squares(shared, step);
-    store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
-    store_square_split(squares, squares + 3 * SQUARE, ak);
+    if (WITH_R) store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
+    if (WITH_K) store_square_split(squares, squares + 3 * SQUARE, ak);
     if (BACKWARD) {
         sync_warp();
         find_move_back(shared, step, inverse, squares);

@@ -2,7 +2,12 @@
 //
 // Warp w has the rows 16 w.. of the state [V, K] and no business with the others': a product's
 // fragment is the next product's operand. See chunk.cuh for the operands.
+// The macro SAVE keeps the states before the chunks. OUTPUT 0 leaves y out: what a segment does to the
+// empty state. VALUES 0 leaves v out too and starts from the identity: what it does to any other.
 #define BACKWARD 0
+#define WITH_R OUTPUT
+#define WITH_K VALUES
+#define WITH_MOVE 1
 #include "state.cuh"
 
 // The state before a chunk, for the backward pass: fp16, a power of two a row.
@@ -22,6 +27,15 @@ DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale
         *(u32*)(states + (v + 8) * N + 8 * n + p) = pack_half(state.s[n][2] * j, state.s[n][3] * j);
     }
     if ((lane_id() & 3) == 0) scales[v] = top * scale, scales[v + 8] = bottom * scale;
+}
+
+DEVICE void identity(Rows& state) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            state.s[n][i] = v + (i & 2) * 4 == 8 * n + p + (i & 1) ? 1.0f : 0.0f;
 }
 
 // The warp's channels of v for the tokens of a step, as the left operand Vᵀ; and y the same way back.
@@ -52,34 +66,45 @@ DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], u32 o
     const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
     u32 b[4], c[4], high[4], low[4];
     float u[2][4] = {}, y[2][4] = {}, x[2][4] = {};
-    columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
-    mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
-    as_left_split(high, low, x);
-    columns_square(b, inverse), columns_square(c, inverse + SQUARE);
-    mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
-    columns_square(b, squares + SQUARE);
-    mma_pair(y, v, b);
+    if (VALUES) {
+        columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
+        mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
+        as_left_split(high, low, x);
+        columns_square(b, inverse), columns_square(c, inverse + SQUARE);
+        mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
+    }
+    if (OUTPUT) {
+        columns_square(b, squares + SQUARE);
+        mma_pair(y, v, b);
+    }
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 s[4];
         as_left(s, &state.s[2 * block]);
         columns_operand(b, shared + MOVE, first, block);
         mma_pair(u, s, b);
-        columns_operand(b, shared + R, first, block);
-        mma_pair(y, s, b);
+        if (OUTPUT) {
+            columns_operand(b, shared + R, first, block);
+            mma_pair(y, s, b);
+        }
     }
     as_left(high, u);
-    columns_square(b, squares + 2 * SQUARE);
-    mma_pair(y, high, b);
+    if (OUTPUT) {
+        columns_square(b, squares + 2 * SQUARE);
+        mma_pair(y, high, b);
+    }
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(b, shared + K, first, block);
-        mma_pair(&state.s[2 * block], v, b);
         rows_operand(b, shared + B, first, block);
         mma_pair(&state.s[2 * block], high, b);
         rows_operand(low, shared + LOWS, first, block);
         take_lows(b, c, low);
-        mma_pair(&state.s[2 * block], v, b), mma_pair(&state.s[2 * block], high, c);
+        mma_pair(&state.s[2 * block], high, c);
+        if (VALUES) {
+            mma_pair(&state.s[2 * block], v, b);
+            rows_operand(b, shared + K, first, block);
+            mma_pair(&state.s[2 * block], v, b);
+        }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -94,6 +119,7 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, c
     float most = largest(state) * scale;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
+        if (!VALUES) break;
         read_values(value[step], v + at + STEP * step * stride, stride, left - STEP * step);
         most = fmaxf(most, largest_input(value[step]) * step_scales(shared, step)[1]);
     }
@@ -104,16 +130,16 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, c
     for (int step = 0; step < STEPS; ++step) {
         const float* scales = step_scales(shared, step);
         const float f = scales[1] * inverse_power(scale);
-        u32 half[4], out[4];
+        u32 half[4] = {}, out[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < (VALUES ? 4 : 0); ++i)
             half[i] = pack_half(low_input(value[step][i]) * f, high_input(value[step][i]) * f);
         if (step == 0)
             times_channels(state, step_to_middle(shared, 0));
         else
             times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
         walk_step(shared, step, state, half, out, scales[0] * scale);
-        write_values(y + at + STEP * step * stride, out, stride, left - STEP * step);
+        if (OUTPUT) write_values(y + at + STEP * step * stride, out, stride, left - STEP * step);
     }
     times_channels(state, step_to_end(shared, STEPS - 1));
 }
@@ -134,6 +160,7 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
     i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
     Rows state = {};
     float scale = 1;
+    if (!VALUES) identity(state);
     if (initial) read_rows(state, initial + (i64)pair * N * N);
     const i64 stride = (i64)H * N;
     for (int done = 0; done < tokens; done += CHUNK, ++chunk) {
@@ -141,9 +168,9 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
         const i64 at = (start + done) * stride + h * N;
         load_tile(shared + W, w + at * (W_FP32 ? 4 : 2), stride * (W_FP32 ? 4 : 2), left,
                   W_FP32 ? 4 : 2);
-        load_tile(shared + R, r + at * 2, stride * 2, left, 2);
         load_tile(shared + A, a + at * 2, stride * 2, left, 2);
-        load_tile(shared + K, k + at * 2, stride * 2, left, 2);
+        if (OUTPUT) load_tile(shared + R, r + at * 2, stride * 2, left, 2);
+        if (VALUES) load_tile(shared + K, k + at * 2, stride * 2, left, 2);
         load_tile(shared + B, b + at * 2, stride * 2, left, 2);
         if (SAVE) {
             const i64 index = chunk * H + h;
