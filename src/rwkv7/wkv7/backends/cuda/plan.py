@@ -7,6 +7,7 @@ inside `batch_invariant()`: there a sequence's bits are the same alone, batched 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,14 +82,14 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def macros(call: Call, **own: bool) -> Macros:
-    """How a kernel is compiled for the call; `own`: the kernel's own macros, in lower case."""
+def macros(call: Call, own: Mapping[str, bool]) -> Macros:
+    """How a kernel is compiled for the call; `own`: the kernel's own macros."""
     return (
         ("INPUT_FP16", int(call.v.dtype == torch.float16)),
         ("W_FP32", int(call.w.dtype == torch.float32)),
         ("LOGIT", int(call.decay == "logit")),
         ("PACKED", int(call.cu_seqlens is not None)),
-        *((name.upper(), int(value)) for name, value in own.items()),
+        *((name, int(value)) for name, value in own.items()),
     )
 
 

@@ -37,7 +37,7 @@ def walk(
         *_saved_addresses(saved, call),
         *_addresses(offsets),
     )
-    own = {"save": saved is not None, "output": y is not None, "values": values}
+    own = {"SAVE": saved is not None, "OUTPUT": y is not None, "VALUES": values}
     _launch(plan.FORWARD, call, own, arguments)
 
 
@@ -62,7 +62,7 @@ def walk_back(
         *_saved_addresses(saved, call),
         *_addresses(*(gradients or (None,) * 6), dinitial, offsets),
     )
-    _launch(plan.BACKWARD, call, {"gradients": gradients is not None}, arguments)
+    _launch(plan.BACKWARD, call, {"GRADIENTS": gradients is not None}, arguments)
 
 
 def chain(
@@ -76,7 +76,7 @@ def chain(
         given: [B, H, V, K]: the initial state, or the gradient of the final one; None: zeros.
     """
     B, _, H, *_ = call.sizes
-    macros = plan.macros(call, back=back)
+    macros = plan.macros(call, {"BACK": back})
     (given,) = ready(given)
     arguments = (*_addresses(maps, added, given, handed), len(maps) // B, H)
     launch.launch(plan.CHAIN, macros, call.r.device, B * H, arguments)
@@ -91,7 +91,7 @@ def _launch(
     kernel: plan.Kernel, call: Call, own: dict[str, bool], arguments: tuple[int, ...]
 ) -> None:
     _, T, H, *_ = call.sizes
-    macros, device = plan.macros(call, **own), call.r.device
+    macros, device = plan.macros(call, own), call.r.device
     launch.launch(kernel, macros, device, call.sequences * H, (*arguments, T, H))
 
 
