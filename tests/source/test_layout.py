@@ -13,6 +13,7 @@ from source.reading import SOURCE, imports, inside, modules
 MODULES = modules()
 OPERATOR = "rwkv7.wkv7"
 BACKENDS = "rwkv7.wkv7.backends"
+FILES = "rwkv7.files"  # what is written whole or not at all, for everybody
 TEXT = ("rwkv7.tokenizer", "rwkv7.tokenizer_file", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
 TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.engine", "rwkv7.chat")
@@ -31,15 +32,19 @@ def edges_from(*packages):
 
 
 def test_the_operator_stands_alone():
-    wrong = [edge for edge in edges_from(OPERATOR) if not inside(edge[1], OPERATOR)]
+    wrong = [e for e in edges_from(OPERATOR) if not inside(e[1], OPERATOR, FILES)]
     assert not wrong
+
+
+def test_writing_a_file_needs_nothing_else_of_the_library():
+    assert not edges_from(FILES)
 
 
 def test_a_backend_imports_the_contract_and_its_own_kernels():
     wrong = []
     for name, target in edges_from(BACKENDS):
         own = ".".join(name.split(".")[:4])
-        if name == BACKENDS or not inside(target, f"{OPERATOR}.contract", own):
+        if name == BACKENDS or not inside(target, f"{OPERATOR}.contract", FILES, own):
             wrong.append((name, target))
     assert not wrong
 

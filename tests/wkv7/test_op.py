@@ -9,8 +9,8 @@ from rwkv7 import explain, wkv7, wkv7_step_
 from rwkv7.wkv7.registry import get_backend
 
 
-def leaves(device: str = "cpu") -> list[torch.Tensor]:
-    return [x.to(device).requires_grad_() for x in make_inputs(Case(T=20), torch.float32)]
+def leaves() -> list[torch.Tensor]:
+    return [x.requires_grad_() for x in make_inputs(Case(T=20), torch.float32)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -25,8 +25,8 @@ def test_gradcheck(backend: str) -> None:
 def test_opcheck(place: Place, packed: bool, save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is saved for the backward pass may have gaps that nobody reads; opcheck compares them.
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    case = Case(T=20, offsets=PACKED if packed else None)
-    drawn = make_inputs(case, torch.float32)
+    case = place.fit(Case(T=20, offsets=PACKED if packed else None))
+    drawn = make_inputs(case, place.dtype(case))
     inputs = [x.to(place.device).requires_grad_(save) for x in drawn]
     offsets = torch.tensor(PACKED, device=place.device) if packed else None
     torch.library.opcheck(
@@ -44,7 +44,9 @@ def test_opcheck_of_a_step(device: str) -> None:
 
 @pytest.mark.parametrize("place", places())
 def test_compiles_into_one_graph(place: Place) -> None:
-    inputs = leaves(place.device)
+    case = place.fit(Case(T=20))
+    drawn = make_inputs(case, place.dtype(case))
+    inputs = [x.to(place.device).requires_grad_() for x in drawn]
 
     def loss(*x: torch.Tensor) -> torch.Tensor:
         with rwkv7.batch_invariant():

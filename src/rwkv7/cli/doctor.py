@@ -14,6 +14,7 @@ from rich.text import Text
 # What each optional package is for.
 _EXTRAS = {
     "triton": "GPU kernels (comes with torch where there are any)",
+    "cuda-bindings": "backend cuda (comes with torch for CUDA 13): pip install 'rwkv7[cuda]'",
     "pyrwkv-tokenizer": "the World tokenizer: pip install 'rwkv7[world]'",
     "pyarrow": "Parquet and Arrow files: pip install 'rwkv7[data]'",
     "tokenizers": "tokenizer.json files: pip install 'rwkv7[tokenizers]'",
@@ -48,6 +49,7 @@ def doctor(
     for device in dict.fromkeys(("cpu", best_device().type)):
         _backends(console, device)
     _optional(console)
+    _compiled(console)
     _caches(console)
 
 
@@ -130,6 +132,15 @@ def _optional(console: Console) -> None:
 
     lines = {name: package_version(name) or f"not here; {use}" for name, use in _EXTRAS.items()}
     _list(console, "Optional packages", lines)
+
+
+def _compiled(console: Console) -> None:
+    from rwkv7.wkv7.registry import CompiledBackend, backend_names, get_backend
+
+    for name in backend_names():
+        backend = get_backend(name)
+        if isinstance(backend, CompiledBackend):
+            _list(console, f"Kernels of the backend {name}", backend.kernels())
 
 
 def _caches(console: Console) -> None:

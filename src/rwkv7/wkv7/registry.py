@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .contract import Call
 
-# In order of preference: a call that names no backend gets the first that accepts it. `triton`
-# stands behind `torch`, so that it runs only when named, until the whole suite has passed on a GPU.
+# In order of preference: a call that names no backend gets the first that accepts it.
 _TABLE = {
-    "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
+    "cuda": "rwkv7.wkv7.backends.cuda:CudaBackend",
     "triton": "rwkv7.wkv7.backends.triton:TritonBackend",
+    "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
     "reference": "rwkv7.wkv7.backends.reference:ReferenceBackend",
 }
 
@@ -67,6 +67,15 @@ class StepBackend(Protocol):
         self, inputs: tuple[Tensor, ...], state: Tensor, decay: str, slots: Tensor | None
     ) -> Tensor:
         """One token (r, w, k, v, a, b): y [B, H, V]; rows of the pool `state` change in place."""
+        ...
+
+
+@runtime_checkable
+class CompiledBackend(Protocol):
+    """What a backend offers on top when it compiles kernels of its own."""
+
+    def kernels(self) -> dict[str, str]:
+        """For `rwkv7 doctor`: its compiler, where it keeps kernels, and which ones there are."""
         ...
 
 

@@ -1,0 +1,133 @@
+"""The hand-made GPU backend: CUDA kernels on tensor cores, N = K = V = 64, bf16 and fp16.
+
+One block a (sequence, head) walks the chunks with the state in registers; backward walks them in
+reverse from the saved states. Few long sequences are cut into segments. `plan` decides, `compiler`
+makes and keeps compiled kernels, `walks` starts them. Importing this module loads neither a
+compiler nor the driver.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv7.wkv7.contract import Call
+
+from . import compiler, plan
+from .segments import Segments
+from .walks import chain, walk, walk_back
+
+# The first cards with cp.async, bf16 products and enough shared memory.
+_FIRST_CAPABILITY = (8, 0)
+
+
+class CudaBackend:
+    """CUDA kernels, compiled for the card at their first use."""
+
+    name = "cuda"
+
+    def refuses(self, call: Call) -> str | None:
+        """Needs an NVIDIA GPU from 8.0 on, NVRTC, 16-bit inputs, K = V = 64, a bounded decay."""
+        device = call.r.device
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"needs an NVIDIA GPU, the inputs are on {device}"
+        return plan.refuses(call) or _card_refuses(device.index or 0)
+
+    def route(self, call: Call) -> str:
+        """One walk a sequence and head, or many at once."""
+        tokens = _segment(call)
+        how = f"segments of {tokens} tokens at once" if tokens else "one walk a sequence and head"
+        return f"cuda, {how}, in chunks of {plan.CHUNK} tokens"
+
+    def saved_shape(self, call: Call) -> tuple[int, ...]:
+        """One flat tensor: the segments' maps, if any; the states before the chunks in fp16."""
+        if _is_empty(call):
+            return (0,)
+        if tokens := _segment(call):
+            cut = Segments.of(call, tokens)
+            return (cut.map_words + plan.saved_words(cut.call),)
+        return (plan.saved_words(call),)
+
+    def forward(self, call: Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B, T, H, V], the final state [S, H, V, K] in fp32, and what `backward` needs."""
+        saved = call.v.new_empty(self.saved_shape(call) if save else (0,), dtype=torch.float32)
+        if _is_empty(call):
+            return torch.empty_like(call.v), call.initial_state().clone(), saved
+        y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+        tokens = _segment(call)
+        if tokens is None:
+            final = _states(call)
+            walk(call, final, initial=call.state, y=y, saved=saved if save else None)
+            return y, final, saved
+        cut = Segments.of(call, tokens)
+        added, before, after = (_states(cut.call) for _ in range(3))
+        maps = cut.maps(saved) if save else torch.empty_like(added)
+        walk(cut.call, maps, values=False)
+        walk(cut.call, added)
+        chain(call, maps, added, call.state, before, back=False)
+        states = saved[cut.map_words :] if save else None
+        walk(cut.call, after, initial=before, y=y, saved=states)
+        return y, after[cut.each - 1 :: cut.each].contiguous(), saved
+
+    def backward(
+        self, call: Call, saved: Tensor, dy: Tensor | None, dstate: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Gradients of r, w, k, v, a, b in their dtypes and of the initial state in fp32."""
+        inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
+        if _is_empty(call):
+            initial = call.initial_state()
+            last = torch.zeros_like(initial) if dstate is None else dstate.clone()
+            return (*(torch.zeros_like(x) for x in inputs), last)
+        contiguous = torch.contiguous_format
+        gradients = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs)
+        tokens = _segment(call)
+        if tokens is None:
+            dinitial = _states(call)
+            walk_back(call, dy, dstate, dinitial, saved=saved, gradients=gradients)
+            return (*gradients, dinitial)
+        cut = Segments.of(call, tokens)
+        added, after, before = (_states(cut.call) for _ in range(3))
+        walk_back(cut.call, dy, None, added)
+        chain(call, cut.maps(saved), added, dstate, after, back=True)
+        states = saved[cut.map_words :]
+        walk_back(cut.call, dy, after, before, saved=states, gradients=gradients)
+        return (*gradients, before[:: cut.each].contiguous())
+
+    def kernels(self) -> dict[str, str]:
+        """The compiler, where it keeps kernels, and which ones there are for which card."""
+        return compiler.report()
+
+
+@functools.cache
+def _card_refuses(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _FIRST_CAPABILITY:
+        return "needs compute capability 8.0 or later, found {}.{}".format(*capability)
+    card: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the attribute
+    shared = card.shared_memory_per_block_optin
+    if shared < plan.LARGEST_SHARED:
+        kib = plan.LARGEST_SHARED / 1024
+        return f"needs {kib:.0f} KiB of shared memory a block, this card has {shared / 1024:.0f}"
+    return compiler.why_not(compiler.architecture(capability))
+
+
+def _segment(call: Call) -> int | None:
+    return plan.segment(call, _multiprocessors(call.r.device))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _states(call: Call) -> Tensor:
+    """Room for a state a sequence, fp32 [S, H, V, K]."""
+    _, _, H, K, V = call.sizes
+    return call.v.new_empty((call.sequences, H, V, K), dtype=torch.float32)
+
+
+def _is_empty(call: Call) -> bool:
+    B, T, *_ = call.sizes
+    return B * T == 0 or call.sequences == 0

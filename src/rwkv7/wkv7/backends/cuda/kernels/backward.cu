@@ -1,0 +1,464 @@
+// Backward: one block a (sequence, head), from the last chunk to the first.
+//
+// A chunk's states are rebuilt from the one saved before it; then step by step, the last first:
+//   by rows of V (a warp its 16, as forward): Z = Pᵀ·dY + W_b·Eᵀ, dV = Gᵀ·dY + (κ + Nᵀ·β)·Eᵀ, E,
+//   the scores' gradients dA (a warp one of the four), sums over V,
+//   by channels (a warp its 16): dr, da, dk, db, and from them dw.
+// E is the gradient of the state after a token, Z that of A_ak·V + α·Sᵀ. Everything on the side of V
+// is divided by one power of two for the chunk, everything on the side of the gradients by another.
+// The macro GRADIENTS 0 leaves out all but the gradient of the initial state.
+#define BACKWARD 1
+#define WITH_R 1
+#define WITH_K GRADIENTS
+#define WITH_MOVE GRADIENTS
+#include "state.cuh"
+
+// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; V; dY; E; the states
+// before steps 3 and 2, later those before steps 1 and 0; Z of one step.
+constexpr int U = MOVE;
+constexpr int V = MOVE_BACK + TILE;
+constexpr int DY = V + TILE;
+constexpr int E_TILE = DY + TILE;
+constexpr int STATES = E_TILE + TILE;
+constexpr int Z = STATES + 2 * TILE;
+constexpr int SUMS = Z;  // over the block, between two walks
+constexpr int SHARED_BYTES = Z + STEP * N * 2;
+
+DEVICE char* state_tile(char* shared, int step) {
+    return shared + STATES + (step & 1) * TILE;
+}
+
+// The largest number of the block, the same for all its threads.
+DEVICE float block_max(char* shared, float x) {
+    float* sums = (float*)(shared + SUMS);
+    x = warp_max(x);
+    sync_block();
+    if (lane_id() == 0) sums[warp_id()] = x;
+    sync_block();
+    return fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
+}
+
+// Rows of a tile are multiplied by what `factors` holds for their step and rounded to fp16.
+DEVICE float largest_scaled(const char* tile, const float factors[STEPS]) {
+    float most = 0;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int row = STEP * step + (threadIdx.x >> 3), piece = threadIdx.x & 7;
+        const uint4 x = *(const uint4*)(tile + tile_at(row, piece));
+        const u32 pair[4] = {x.x, x.y, x.z, x.w};
+        most = fmaxf(most, largest_input(pair) * factors[step]);
+    }
+    return most;
+}
+DEVICE u32 scaled(u32 x, float f) { return pack_half(low_input(x) * f, high_input(x) * f); }
+DEVICE void scale_tile(char* tile, const float factors[STEPS], float f) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int row = STEP * step + (threadIdx.x >> 3), piece = threadIdx.x & 7;
+        uint4* at = (uint4*)(tile + tile_at(row, piece));
+        const float by = factors[step] * f;
+        uint4 x = *at;
+        x.x = scaled(x.x, by), x.y = scaled(x.y, by), x.z = scaled(x.z, by), x.w = scaled(x.w, by);
+        *at = x;
+    }
+}
+
+// The state saved before a chunk, divided by `scale`.
+DEVICE void read_saved(Rows& state, const u16* states, const float* scales, float inverse) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    const float top = scales[v] * inverse, bottom = scales[v + 8] * inverse;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const u32 x = *(const u32*)(states + v * N + 8 * n + p);
+        const u32 y = *(const u32*)(states + (v + 8) * N + 8 * n + p);
+        state.s[n][0] = low_half(x) * top, state.s[n][1] = high_half(x) * top;
+        state.s[n][2] = low_half(y) * bottom, state.s[n][3] = high_half(y) * bottom;
+    }
+}
+
+// Rows of the state [V, K] into a tile.
+DEVICE void store_state(char* tile, const Rows& state) {
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block)
+        store_rows(tile, 16 * warp_id(), block, &state.s[2 * block]);
+}
+
+// The states before the steps, and what the steps remove; leaves the state after the chunk. Those
+// before steps 2 and 3 go to shared memory, that before step 1 stays with the warp.
+DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int first = STEP * step;
+        u32 v[4], b[4];
+        float removed[2][4] = {};
+        if (step == 0)
+            times_channels(state, step_to_middle(shared, 0));
+        else
+            times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
+        if (step == 1)
+#pragma unroll
+            for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
+        if (step > 1) store_state(state_tile(shared, step), state);
+        left_transposed(v, shared + V, first, warp_id());
+        columns_square(b, step_squares(shared, step));
+        mma_pair(removed, v, b);
+#pragma unroll
+        for (int block = 0; block < N / 16; ++block) {
+            u32 s[4];
+            as_left(s, &state.s[2 * block]);
+            columns_operand(b, shared + MOVE, first, block);
+            mma_pair(removed, s, b);
+        }
+        as_left(u[step], removed);
+#pragma unroll
+        for (int block = 0; block < N / 16; ++block) {
+            rows_operand(b, shared + K, first, block);
+            mma_pair(&state.s[2 * block], v, b);
+            rows_operand(b, shared + B, first, block);
+            mma_pair(&state.s[2 * block], u[step], b);
+        }
+    }
+    times_channels(state, step_to_end(shared, STEPS - 1));
+}
+
+// By rows of V: Z and E into shared memory, dv of the step given, E before the step.
+DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
+    const int first = STEP * step;
+    const char* squares = step_squares(shared, step);
+    u32 dy[4], b[4], high[4];
+    float z[2][4] = {};
+    times_channels(E, step_to_end(shared, step));
+    if (GRADIENTS) store_state(shared + E_TILE, E);
+    left_transposed(dy, shared + DY, first, warp_id());
+    rows_square(b, squares + 2 * SQUARE);
+    mma_pair(z, dy, b);
+    if (GRADIENTS) {
+        rows_square(b, squares + SQUARE);
+        mma_pair(dv, dy, b);
+    }
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 e[4], e_low[4];
+        as_left_split(e, e_low, &E.s[2 * block]);
+        columns_operand(b, shared + MOVE_BACK, first, block);
+        mma_pair(z, e, b);
+        if (INPUT_FP16) mma_pair(z, e_low, b);
+        if (GRADIENTS) {
+            columns_operand(b, shared + KEY_BACK, first, block);
+            mma_pair(dv, e, b);
+        }
+    }
+    as_left(high, z);
+    if (GRADIENTS) store_transposed(shared + Z, 0, warp_id(), high);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        rows_operand(b, shared + R, first, block);
+        mma_pair(&E.s[2 * block], dy, b);
+        rows_operand(b, shared + A, first, block);
+        mma_pair(&E.s[2 * block], high, b);
+    }
+    times_channels(E, step_to_middle(shared, step));
+}
+
+// A warp's score gradient: dA_rk, dA_rb, dA_ak, dA_ab for warps 0 to 3, in the step's squares.
+DEVICE void score_gradients(char* shared, int step) {
+    const int first = STEP * step, warp = warp_id();
+    const char* rows = warp < 2 ? shared + DY : shared + Z;
+    const char* columns = warp & 1 ? shared + U : shared + V;
+    float d[2][4] = {};
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 a[4], b[4];
+        left_operand(a, rows, warp < 2 ? first : 0, block);
+        columns_operand(b, columns, first, block);
+        mma_pair(d, a, b);
+    }
+    keep_lower(d, warp < 2);
+    store_square(step_squares(shared, step) + warp * SQUARE, d);
+}
+
+// The sum of x over the tokens from each on, within a step: x is a product's pair of rows q, q + 8.
+DEVICE void sums_from_each(float& top, float& bottom) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int shift = 4; shift < 32; shift <<= 1) {
+        const int from = lane + shift;
+        const float t = shuffle_from(top, from & 31), b = shuffle_from(bottom, from & 31);
+        top += from < 32 ? t : 0.0f, bottom += from < 32 ? b : 0.0f;
+    }
+    top += shuffle_from(bottom, lane & 3);
+}
+// The sum of x over the tokens up to each.
+DEVICE void sums_to_each(float& top, float& bottom) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int shift = 4; shift < 32; shift <<= 1) {
+        const int from = lane - shift;
+        const float t = shuffle_from(top, from & 31), b = shuffle_from(bottom, from & 31);
+        top += from >= 0 ? t : 0.0f, bottom += from >= 0 ? b : 0.0f;
+    }
+    bottom += shuffle_from(top, 28 + (lane & 3));
+}
+
+struct Gradients {  // of a step's operands, the warp's 16 channels
+    float r[2][4], a[2][4], k[2][4], b[2][4];
+};
+
+DEVICE void channel_gradients(const char* shared, int step, const char* squares, Gradients& d) {
+    const int first = STEP * step, warp = warp_id();
+    u32 x[4], y[4], c[4], e[4];
+    d = {};
+    rows_operand(x, shared + K, first, warp), rows_operand(y, shared + B, first, warp);
+    left_square(c, squares), mma_pair(d.r, c, x);
+    left_square(c, squares + SQUARE), mma_pair(d.r, c, y);
+    left_square(c, squares + 2 * SQUARE), mma_pair(d.a, c, x);
+    left_square(c, squares + 3 * SQUARE), mma_pair(d.a, c, y);
+    rows_operand(x, shared + R, first, warp), rows_operand(y, shared + A, first, warp);
+    left_square_transposed(c, squares), mma_pair(d.k, c, x);
+    left_square_transposed(c, squares + 2 * SQUARE), mma_pair(d.k, c, y);
+    left_square_transposed(c, squares + SQUARE), mma_pair(d.b, c, x);
+    left_square_transposed(c, squares + 3 * SQUARE), mma_pair(d.b, c, y);
+    const char* state = state_tile((char*)shared, step);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        rows_operand(x, state, 16 * block, warp), rows_operand(e, shared + E_TILE, 16 * block, warp);
+        left_operand(c, shared + DY, first, block), mma_pair(d.r, c, x);
+        left_operand(c, shared + Z, 0, block), mma_pair(d.a, c, x);
+        left_operand(c, shared + V, first, block), mma_pair(d.k, c, e);
+        left_operand(c, shared + U, first, block), mma_pair(d.b, c, e);
+    }
+}
+
+DEVICE float decay_slope(float w) {  // of the base-e log decay to w
+    const float rise = inverse_of(1.0f + exp2_of(-LOG2E * w));
+    const float fall = inverse_of(1.0f + exp2_of(LOG2E * w));
+    return LOGIT ? -LOGIT_SCALE * rise * fall : 1.0f;
+}
+
+// By channels: the gradients of the inputs from those of the operands, in place of the operands;
+// dw straight to memory. `after`: what arrives at the log decays of the step's last token from the
+// tokens behind it, for columns 2 (lane % 4) + {0, 1, 8, 9} of the warp's channels; moves on.
+DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* w, char* dw,
+                        i64 stride, int left, float unit, float after[4]) {
+    const int first = STEP * step, lane = lane_id(), q = lane >> 2, warp = warp_id();
+    const float* scales = step_scales(shared, step);
+    const float r_unit = unit * inverse_power(scales[0]), k_unit = unit * inverse_power(scales[1]);
+    const float a_unit = unit * inverse_power(scales[2]), b_unit = unit * scales[2];
+    const bool top_inside = first + q < left, bottom_inside = first + 8 + q < left;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const int channel = 16 * warp + 8 * n + (lane & 3) * 2;
+        const int piece = 2 * warp + n, at = (lane & 3) * 4;
+        float w_top[2] = {}, w_bottom[2] = {};
+        const i64 top_row = (first + q) * stride + channel, bottom_row = top_row + 8 * stride;
+        if (W_FP32) {
+            if (top_inside) w_top[0] = ((const float*)w)[top_row], w_top[1] = ((const float*)w)[top_row + 1];
+            if (bottom_inside) w_bottom[0] = ((const float*)w)[bottom_row], w_bottom[1] = ((const float*)w)[bottom_row + 1];
+        } else {
+            if (top_inside) {
+                u32 x = *(const u32*)(w + 2 * top_row);
+                w_top[0] = low_input(x), w_top[1] = high_input(x);
+            }
+            if (bottom_inside) {
+                u32 x = *(const u32*)(w + 2 * bottom_row);
+                w_bottom[0] = low_input(x), w_bottom[1] = high_input(x);
+            }
+        }
+        u32* r_top = (u32*)(shared + R + tile_at(first + q, piece) + at);
+        u32* r_bottom = (u32*)(shared + R + tile_at(first + q + 8, piece) + at);
+        u32* a_top = (u32*)(shared + A + tile_at(first + q, piece) + at);
+        u32* a_bottom = (u32*)(shared + A + tile_at(first + q + 8, piece) + at);
+        u32* k_top = (u32*)(shared + K + tile_at(first + q, piece) + at);
+        u32* k_bottom = (u32*)(shared + K + tile_at(first + q + 8, piece) + at);
+        u32* b_top = (u32*)(shared + B + tile_at(first + q, piece) + at);
+        u32* b_bottom = (u32*)(shared + B + tile_at(first + q + 8, piece) + at);
+        float dr[4], da[4], dk[4], db[4], dlog[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float log_top = top_inside ? log2_decay(w_top[i]) : 0.0f;
+            const float log_bottom = bottom_inside ? log2_decay(w_bottom[i]) : 0.0f;
+            float g_top = log_top, g_bottom = log_bottom;
+            sums_to_each(g_top, g_bottom);
+            const float middle = shuffle_from(g_top, 28 + (lane & 3));
+            g_top -= middle, g_bottom -= middle;
+            // What arrives at g and at e, from the operands as they were rounded.
+            const float q_top = (i ? high_half(*a_top) : low_half(*a_top)) * d.a[n][i];
+            const float q_bottom = (i ? high_half(*a_bottom) : low_half(*a_bottom)) * d.a[n][2 + i];
+            float top = q_top + (i ? high_half(*r_top) : low_half(*r_top)) * d.r[n][i] -
+                        (i ? high_half(*k_top) : low_half(*k_top)) * d.k[n][i] -
+                        (i ? high_half(*b_top) : low_half(*b_top)) * d.b[n][i];
+            float bottom = q_bottom + (i ? high_half(*r_bottom) : low_half(*r_bottom)) * d.r[n][2 + i] -
+                           (i ? high_half(*k_bottom) : low_half(*k_bottom)) * d.k[n][2 + i] -
+                           (i ? high_half(*b_bottom) : low_half(*b_bottom)) * d.b[n][2 + i];
+            sums_from_each(top, bottom);
+            const float behind = after[2 * n + i];
+            dlog[i] = (behind + top - q_top) * unit * decay_slope(w_top[i]);
+            dlog[2 + i] = (behind + bottom - q_bottom) * unit * decay_slope(w_bottom[i]);
+            after[2 * n + i] = behind + shuffle_from(top, lane & 3);
+            const float up_top = exp2_of(g_top), up_bottom = exp2_of(g_bottom);
+            const float down_top = inverse_of(up_top), down_bottom = inverse_of(up_bottom);
+            dr[i] = d.r[n][i] * up_top * r_unit, dr[2 + i] = d.r[n][2 + i] * up_bottom * r_unit;
+            da[i] = d.a[n][i] * exp2_of(g_top - log_top) * a_unit;
+            da[2 + i] = d.a[n][2 + i] * exp2_of(g_bottom - log_bottom) * a_unit;
+            dk[i] = d.k[n][i] * down_top * k_unit, dk[2 + i] = d.k[n][2 + i] * down_bottom * k_unit;
+            db[i] = d.b[n][i] * down_top * b_unit, db[2 + i] = d.b[n][2 + i] * down_bottom * b_unit;
+        }
+        *r_top = pack_input(dr[0], dr[1]), *r_bottom = pack_input(dr[2], dr[3]);
+        *a_top = pack_input(da[0], da[1]), *a_bottom = pack_input(da[2], da[3]);
+        *k_top = pack_input(dk[0], dk[1]), *k_bottom = pack_input(dk[2], dk[3]);
+        *b_top = pack_input(db[0], db[1]), *b_bottom = pack_input(db[2], db[3]);
+        if (W_FP32) {
+            if (top_inside) *(float2*)((float*)dw + top_row) = {dlog[0], dlog[1]};
+            if (bottom_inside) *(float2*)((float*)dw + bottom_row) = {dlog[2], dlog[3]};
+        } else {
+            if (top_inside) *(u32*)(dw + 2 * top_row) = pack_input(dlog[0], dlog[1]);
+            if (bottom_inside) *(u32*)(dw + 2 * bottom_row) = pack_input(dlog[2], dlog[3]);
+        }
+    }
+}
+
+// Σ_v S ∘ E of the state after the chunk, for the warp's channels: what `after` starts from.
+DEVICE void passing_on(char* shared, const Rows& state, const Rows& E, float after[4]) {
+    float* sums = (float*)(shared + SUMS);
+    const int lane = lane_id(), p = (lane & 3) * 2;
+    sync_block();
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float x = state.s[n][i] * E.s[n][i] + state.s[n][2 + i] * E.s[n][2 + i];
+#pragma unroll
+            for (int mask = 4; mask < 32; mask <<= 1) x += shuffle_xor(x, mask);
+            if (lane < 4) sums[warp_id() * N + 8 * n + p + i] = x;
+        }
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int channel = 16 * warp_id() + (i >> 1) * 8 + p + (i & 1);
+        after[i] = (sums[channel] + sums[N + channel]) + (sums[2 * N + channel] + sums[3 * N + channel]);
+    }
+}
+
+DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
+    for (int i = threadIdx.x; i < CHUNK * 8; i += 128) {
+        const int row = i >> 3, piece = i & 7;
+        if (row < left)
+            *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
+    }
+}
+
+#ifndef EMULATED
+extern "C"
+#endif
+__global__ void __launch_bounds__(128, 2)
+wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
+              const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
+              const char* __restrict__ dy, const float* __restrict__ dfinal,
+              const u16* __restrict__ states, const float* __restrict__ states_scale,
+              char* __restrict__ dr, char* __restrict__ dw, char* __restrict__ dk,
+              char* __restrict__ dv, char* __restrict__ da, char* __restrict__ db,
+              float* __restrict__ dinitial, const i64* __restrict__ offsets, int T, int H) {
+    char* shared = shared_memory;
+    const int pair = blockIdx.x, s = pair / H, h = pair % H;
+    const i64 start = PACKED ? offsets[s] : (i64)s * T;
+    const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
+    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
+    Rows E = {};
+    float e_scale = 1;
+    if (dfinal) read_rows(E, dfinal + (i64)pair * N * N);
+    const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
+    for (int n = (tokens + CHUNK - 1) / CHUNK - 1; n >= 0; --n) {
+        const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
+        const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
+        load_tile(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
+        load_tile(shared + R, r + at * 2, stride * 2, left, 2);
+        load_tile(shared + A, a + at * 2, stride * 2, left, 2);
+        load_tile(shared + B, b + at * 2, stride * 2, left, 2);
+        if (GRADIENTS) {
+            load_tile(shared + K, k + at * 2, stride * 2, left, 2);
+            load_tile(shared + V, v + at * 2, stride * 2, left, 2);
+        }
+        load_tile(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
+        copies_done();
+        sync_block();
+        if (left < CHUNK) {
+            fill_decays(shared, left);
+            sync_block();
+        }
+        prepare(shared);
+        sync_block();
+        float r_scales[STEPS];
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) r_scales[step] = step_scales(shared, step)[0];
+        const float most = fmaxf(largest(E) * e_scale, largest_scaled(shared + DY, r_scales));
+        const float next = power_of_two(block_max(shared, most));
+        times(E, e_scale * inverse_power(next));
+        e_scale = next;
+        scale_tile(shared + DY, r_scales, inverse_power(e_scale));
+        sync_block();
+        if (!GRADIENTS) {
+#pragma unroll 1
+            for (int step = STEPS - 1; step >= 0; --step) {
+                float none[2][4];
+                rows_back(shared, step, E, none);
+            }
+            sync_block();
+            continue;
+        }
+        float k_scales[STEPS], most_state = 0;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) k_scales[step] = step_scales(shared, step)[1];
+        const float* saved_scale = states_scale + index * N;
+        for (int row = lane_id(); row < N; row += 32) most_state = fmaxf(most_state, saved_scale[row]);
+        const float v_scale =
+            power_of_two(block_max(shared, fmaxf(most_state, largest_scaled(shared + V, k_scales))));
+        scale_tile(shared + V, k_scales, inverse_power(v_scale));
+        sync_block();
+        Rows state;
+        u32 u[STEPS][4], second[4][4];
+        float after[4];
+        read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
+        rebuild(shared, state, u, second);
+        passing_on(shared, state, E, after);  // waits for all: W is no longer needed
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            store_transposed(shared + U, STEP * step, warp_id(), u[step]);
+        const float unit = v_scale * e_scale;
+#pragma unroll 1
+        for (int step = STEPS - 1; step >= 0; --step) {
+            float out[2][4] = {};
+            if (step == 1)
+#pragma unroll
+                for (int block = 0; block < N / 16; ++block)
+                    store_left(state_tile(shared, 1), 16 * warp_id(), block, second[block]);
+            if (step == 0) {
+                read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
+                times_channels(state, step_to_middle(shared, 0));
+                store_state(state_tile(shared, 0), state);
+            }
+            rows_back(shared, step, E, out);
+            sync_block();
+            u32 rounded[4];
+            const float v_unit = step_scales(shared, step)[1] * e_scale;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                rounded[i] = pack_input(out[i >> 1][(i & 1) * 2] * v_unit,
+                                        out[i >> 1][(i & 1) * 2 + 1] * v_unit);
+            store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
+            score_gradients(shared, step);
+            sync_block();
+            Gradients d;
+            channel_gradients(shared, step, step_squares(shared, step), d);
+            sync_warp();
+            finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left, unit, after);
+            sync_block();
+        }
+        store_tile(dr + at * 2, shared + R, stride * 2, left);
+        store_tile(da + at * 2, shared + A, stride * 2, left);
+        store_tile(dk + at * 2, shared + K, stride * 2, left);
+        store_tile(db + at * 2, shared + B, stride * 2, left);
+        store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
+        sync_block();
+    }
+    write_rows(E, dinitial + (i64)pair * N * N, e_scale);
+}

@@ -1,0 +1,352 @@
+// A chunk of 64 tokens in shared memory, and what is prepared of it before the state is needed.
+//
+// Works in steps of 16 tokens, a warp each. Exponents are taken from the middle of a step, so that
+// at RWKV-7's strongest decay they span seven bits either way and fp16 holds the operands:
+//     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
+// g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
+// of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1. The file that includes
+// this one says with BACKWARD, WITH_R, WITH_K and WITH_MOVE what it needs.
+#pragma once
+#include "warp.cuh"
+
+constexpr int N = 64;       // channels of a head, K = V
+constexpr int CHUNK = 64;   // tokens between two states in memory
+constexpr int STEP = 16;    // tokens between two states in registers
+constexpr int STEPS = CHUNK / STEP;
+constexpr int TILE = CHUNK * N * 2;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
+
+// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
+// room for what α loses to fp16, then for squares (see `prepare`). MOVE receives W = X·α, in the
+// forward pass over α.
+constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
+constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
+constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * SOLVE_ROW;
+constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
+constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
+constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
+// What κ and β lose to fp16: for the state a byte of each is enough, the upper ones of fp16 numbers,
+// κ's above β's in one tile.
+constexpr int LOWS = COMMON_BYTES;
+constexpr int FORWARD_BYTES = LOWS + TILE;
+// Backward they are fp16; then κ + Nᵀ·β and W_b = Xᵀ·β take their places.
+constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
+constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
+constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
+constexpr int SQUARE = 512;
+
+// What a step keeps in shared memory beside its rows of the tiles.
+DEVICE char* step_squares(char* shared, int step) { return shared + W + step * STEP * W_ROW; }
+DEVICE char* step_low(char* shared, int step) {  // a tile whose rows 16 step.. are the step's own
+    return shared + W + step * STEP * (W_ROW - 2 * N);
+}
+DEVICE char* step_inverse(char* shared, int step) { return shared + SOLVE + step * SOLVE_STEP; }
+// 2^m and 2^(G-m) of every channel, G being the step's whole decay.
+DEVICE float* step_to_middle(char* shared, int step) {
+    return (float*)(shared + FACTORS + step * FACTORS_STEP);
+}
+DEVICE float* step_to_end(char* shared, int step) { return step_to_middle(shared, step) + N; }
+// The powers of two that the step's r, k and a are divided by (b is multiplied by a's).
+DEVICE float* step_scales(char* shared, int step) {
+    return (float*)(shared + SCALES + step * SCALES_STEP);
+}
+
+DEVICE float low_input(u32 x) { return INPUT_FP16 ? low_half(x) : low_bf16(x); }
+DEVICE float high_input(u32 x) { return INPUT_FP16 ? high_half(x) : high_bf16(x); }
+DEVICE u32 pack_input(float x, float y) { return INPUT_FP16 ? pack_half(x, y) : pack_bf16(x, y); }
+
+DEVICE u32 max_pair(u32 x, u32 y) { return INPUT_FP16 ? max_pair_half(x, y) : max_pair_bf16(x, y); }
+constexpr u32 SIGNLESS = 0x7fff7fffu;
+
+DEVICE float log2_decay(float w) {
+    return LOGIT ? -LOGIT_SCALE * LOG2E * inverse_of(1.0f + exp2_of(-LOG2E * w)) : w * LOG2E;
+}
+
+// Two neighbouring channels of a row: lane l has 2 l and 2 l + 1.
+DEVICE u32* channels_at(char* tile, int row) {
+    int l = lane_id();
+    return (u32*)(tile + tile_at(row, l >> 2) + (l & 3) * 4);
+}
+
+// Starts copying rows of [tokens, H, 64] numbers of `width` bytes; rows past the end become zeros.
+DEVICE void load_tile(char* tile, const char* from, i64 stride, int tokens, int width) {
+    const int pieces = N * width / 16;
+    for (int i = threadIdx.x; i < CHUNK * pieces; i += 128) {
+        int row = i / pieces, piece = i % pieces;
+        int at = width == 2 ? tile_at(row, piece) : row * W_ROW + piece * 16;
+        bool valid = row < tokens;
+        copy_16(tile + at, from + (valid ? row * stride + piece * 16 : 0), valid);
+    }
+}
+
+// The tile's rows of a step times up (and the scale), as fp16; gives the power of two taken out.
+DEVICE float scale_of(char* tile, int first) {
+    u32 most = 0;
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) most = max_pair(most, *channels_at(tile, first + j) & SIGNLESS);
+    return power_of_two(warp_max(fmaxf(low_input(most), high_input(most))));
+}
+
+// Both halves' upper bytes, and what rounds to them.
+constexpr u32 UPPER = 0xff00ff00u, HALF_BYTE = 0x00800080u;
+DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
+}
+
+// The rows of w past the end of a sequence, made such that nothing decays there.
+DEVICE void fill_decays(char* shared, int tokens) {
+    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
+    for (int i = tokens * N + threadIdx.x; i < CHUNK * N; i += 128) {
+        const int row = i / N, channel = i % N;
+        if (W_FP32)
+            ((float*)(shared + W + row * W_ROW))[channel] = -1e30f;
+        else
+            ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
+                INPUT_FP16 ? 0xfc00 : 0xff80;
+    }
+}
+
+// The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
+DEVICE void prepare_operands(char* shared) {
+    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) {
+        float w0, w1;
+        if (W_FP32) {
+            const float* row = (const float*)(shared + W + (first + j) * W_ROW) + 2 * lane;
+            w0 = row[0], w1 = row[1];
+        } else {
+            u32 x = *channels_at(shared + W, first + j);
+            w0 = low_input(x), w1 = high_input(x);
+        }
+        g0 += log2_decay(w0), g1 += log2_decay(w1);
+        up0[j] = g0, up1[j] = g1;
+    }
+    const float m0 = up0[STEP / 2 - 1], m1 = up1[STEP / 2 - 1];
+    float* to_middle = step_to_middle(shared, step) + 2 * lane;
+    float* to_end = step_to_end(shared, step) + 2 * lane;
+    to_middle[0] = exp2_of(m0), to_middle[1] = exp2_of(m1);
+    to_end[0] = exp2_of(g0 - m0), to_end[1] = exp2_of(g1 - m1);
+    float before0 = exp2_of(-m0), before1 = exp2_of(-m1);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) up0[j] = exp2_of(up0[j] - m0), up1[j] = exp2_of(up1[j] - m1);
+    const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
+    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
+    const float a_scale = scale_of(shared + A, first);
+    const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
+    const float a_inverse = inverse_power(a_scale);
+    if (lane == 0) {
+        float* scales = step_scales(shared, step);
+        scales[0] = r_scale, scales[1] = k_scale, scales[2] = a_scale;
+    }
+    sync_warp();  // w has been read; its rows are used anew
+    char* low = step_low(shared, step);
+#pragma unroll
+    for (int j = 0; j < STEP; ++j) {
+        u32 *r = channels_at(shared + R, first + j), *k = channels_at(shared + K, first + j);
+        u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
+        float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
+        if (WITH_R)
+            *r = pack_half(low_input(*r) * (up0[j] * r_inverse),
+                           high_input(*r) * (up1[j] * r_inverse));
+        u32 k_low = 0;
+        if (WITH_K) {
+            float k0 = low_input(*k) * (down0 * k_inverse);
+            float k1 = high_input(*k) * (down1 * k_inverse);
+            *k = pack_half(k0, k1);
+            k_low = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        }
+        float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
+        *b = pack_half(b0, b1);
+        const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
+        if (BACKWARD)
+            *channels_at(shared + K_LOW, first + j) = k_low,
+            *channels_at(shared + B_LOW, first + j) = b_low;
+        else
+            *channels_at(shared + LOWS, first + j) =
+                (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
+        float a0 = low_input(*a) * (before0 * a_inverse);
+        float a1 = high_input(*a) * (before1 * a_inverse);
+        *a = pack_half(a0, a1);
+        *channels_at(low, first + j) = pack_half(a0 - low_half(*a), a1 - high_half(*a));
+        before0 = up0[j], before1 = up1[j];
+    }
+    sync_warp();
+}
+
+// (I - A_ab)⁻¹ of a step, a column a lane, by forward substitution in fp32; kept as two squares of
+// fp16, the number rounded and what that leaves.
+DEVICE void invert(char* inverse, char* scratch, const float ab[2][4]) {
+    const int lane = lane_id(), column = lane & 15;
+    const int row = lane >> 2, at = (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        float* top = (float*)(scratch + row * SOLVE_ROW) + 8 * n + at;
+        float* bottom = (float*)(scratch + (row + 8) * SOLVE_ROW) + 8 * n + at;
+        top[0] = ab[n][0], top[1] = ab[n][1], bottom[0] = ab[n][2], bottom[1] = ab[n][3];
+    }
+    sync_warp();
+    float x[STEP];
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) x[i] = 0;
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) {
+        float sum = i == column ? 1.0f : 0.0f;
+#pragma unroll
+        for (int l = 0; l < i; l += 4) {
+            const float4 a = *(const float4*)(scratch + i * SOLVE_ROW + 4 * l);
+            sum += a.x * x[l] + a.y * x[l + 1] + a.z * x[l + 2] + a.w * x[l + 3];
+        }
+        x[i] = sum;
+    }
+    sync_warp();  // forward the squares overwrite what was solved
+    char* square = inverse + (lane < 16 ? 0 : SQUARE);
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) {
+        u32 high = pack_half(x[i], 0.0f);
+        u32 mine = lane < 16 ? high : pack_half(x[i] - low_half(high), 0.0f);
+        *(u16*)(square + square_at(i, column >> 3) + (column & 7) * 2) = (u16)mine;
+    }
+    sync_warp();
+}
+
+DEVICE void keep_lower(float d[2][4], bool diagonal) {
+    const int row = lane_id() >> 2, column = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int t = row + (i & 2) * 4, s = column + (i & 1) + (i >> 2) * 8;
+        if (t < s || (t == s && !diagonal)) d[i >> 2][i & 3] = 0;
+    }
+}
+
+// The scores of a step's tokens: A_ab and A_ak below the diagonal, A_rb and A_rk with it.
+DEVICE void find_scores(const char* shared, int first, const char* alpha_low, float ab[2][4],
+                        float ak[2][4], float rb[2][4], float rk[2][4]) {
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 alpha[4], rho[4], beta[4], kappa[4];
+        left_operand(alpha, shared + A, first, block);
+        columns_operand(beta, shared + B, first, block);
+        mma_pair(ab, alpha, beta);
+        if (WITH_R) {
+            left_operand(rho, shared + R, first, block);
+            mma_pair(rb, rho, beta);
+        }
+        if (WITH_K) {
+            columns_operand(kappa, shared + K, first, block);
+            mma_pair(ak, alpha, kappa);
+        }
+        if (WITH_R && WITH_K) mma_pair(rk, rho, kappa);
+        if (INPUT_FP16) {  // held to finer bounds than bf16
+            u32 low[4], k_low[4], b_low[4];
+            left_operand(low, alpha_low, first, block);
+            mma_pair(ab, low, beta);
+            if (WITH_K) mma_pair(ak, low, kappa);
+            if (BACKWARD) {
+                columns_operand(k_low, shared + K_LOW, first, block);
+                columns_operand(b_low, shared + B_LOW, first, block);
+            } else {
+                columns_operand(low, shared + LOWS, first, block);
+                take_lows(k_low, b_low, low);
+            }
+            mma_pair(ab, alpha, b_low);
+            if (WITH_R) mma_pair(rb, rho, b_low);
+            if (WITH_K) mma_pair(ak, alpha, k_low);
+            if (WITH_R && WITH_K) mma_pair(rk, rho, k_low);
+        }
+    }
+    keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
+}
+
+// W = X·α of a step.
+DEVICE void find_move(char* shared, int step, const char* inverse) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4];
+    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        rows_operand(high, shared + A, first, block);
+        rows_operand(low, step_low(shared, step), first, block);
+        float d[2][4] = {};
+        multiply_split(d, x_high, x_low, high, low);
+        store_rows(shared + MOVE, first, block, d);
+    }
+}
+
+// W_b = Xᵀ·β of a step, and κ + Nᵀ·β, by which E reaches v: on a repeated key its terms cancel, and
+// they do so here, in fp32, before E multiplies what is left.
+DEVICE void find_move_back(char* shared, int step, const char* inverse, const char* squares) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4], n_high[4], n_low[4];
+    rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
+    if (WITH_K) rows_square(n_high, squares), rows_square(n_low, squares + 3 * SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 b_high[4], b_low[4], high[4], low[4];
+        float w[2][4] = {}, key[2][4];
+        left_transposed(b_high, shared + B, first, block);
+        left_transposed(b_low, shared + B_LOW, first, block);
+        multiply_split(w, b_high, b_low, x_high, x_low);
+        as_left(high, w);
+        store_transposed(shared + MOVE_BACK, first, block, high);
+        if (!WITH_K) continue;
+        left_transposed(high, shared + K, first, block);
+        left_transposed(low, shared + K_LOW, first, block);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
+            key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
+        }
+        multiply_split(key, b_high, b_low, n_high, n_low);
+        as_left(high, key);
+        store_transposed(shared + KEY_BACK, first, block, high);
+    }
+}
+
+// All that a warp's step needs before the state: operands, X, W, and squares [16, 16] at
+// step_squares: N = X·A_ak; forward A_rk and A_rb, by which v and U reach y; backward
+// G = A_rk + A_rb·N and P = A_rb·X, by which dY reaches v and Z. What cancels in these products on a
+// repeated key does so in fp32, before it is rounded.
+DEVICE void prepare(char* shared) {
+    const int step = warp_id(), first = STEP * step;
+    prepare_operands(shared);
+    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
+    find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);
+    char *inverse = step_inverse(shared, step), *squares = step_squares(shared, step);
+    invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
+    if (WITH_MOVE) find_move(shared, step, inverse);
+    sync_warp();  // the low part of α has been read; its rows are used anew
+    u32 high[4], low[4], x_high[4], x_low[4];
+    if (WITH_K) {
+        float n[2][4] = {};
+        store_square_split(squares, squares + 3 * SQUARE, ak);
+        sync_warp();
+        left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+        rows_square(high, squares), rows_square(low, squares + 3 * SQUARE);
+        multiply_split(n, x_high, x_low, high, low);
+        sync_warp();
+        store_square_split(squares, squares + 3 * SQUARE, n);
+    }
+    if (BACKWARD) {
+        float p[2][4] = {};
+        sync_warp();
+        as_left_split(high, low, rb);
+        rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
+        multiply_split(p, high, low, x_high, x_low);
+        store_square(squares + 2 * SQUARE, p);
+        if (WITH_K) {
+            rows_square(x_high, squares), rows_square(x_low, squares + 3 * SQUARE);
+            multiply_split(rk, high, low, x_high, x_low);
+            store_square(squares + SQUARE, rk);
+        }
+        find_move_back(shared, step, inverse, squares);
+    } else if (WITH_R) {
+        store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
+    }
+}

@@ -1,0 +1,78 @@
+// The state in registers: warp w of a block has the rows 16 w.. of the state [V, K].
+#pragma once
+#include "chunk.cuh"
+
+#ifndef EMULATED
+extern __shared__ __align__(128) char shared_memory[];
+#endif
+
+// The warp's rows of the state: eight tiles [16, 8] side by side.
+struct Rows {
+    float s[8][4];
+};
+
+DEVICE void times_channels(Rows& state, const float* factor) {
+    const int p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 f = *(const float2*)(factor + 8 * n + p);
+        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+    }
+}
+
+// The state after a step, referenced as the next one's: both factors at once.
+DEVICE void times_channels(Rows& state, const float* one, const float* other) {
+    const int p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        float2 f = *(const float2*)(one + 8 * n + p);
+        const float2 g = *(const float2*)(other + 8 * n + p);
+        f.x *= g.x, f.y *= g.y;
+        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+    }
+}
+
+DEVICE void times(Rows& state, float factor) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) state.s[n][i] *= factor;
+}
+
+DEVICE float largest(const Rows& state) {
+    float most = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state.s[n][i]));
+    return most;
+}
+
+// state [V, K] of fp32 in memory: to registers, and back.
+DEVICE void read_rows(Rows& state, const float* from) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float2 top = *(const float2*)(from + v * N + 8 * n + p);
+        const float2 bottom = *(const float2*)(from + (v + 8) * N + 8 * n + p);
+        state.s[n][0] = top.x, state.s[n][1] = top.y;
+        state.s[n][2] = bottom.x, state.s[n][3] = bottom.y;
+    }
+}
+DEVICE void write_rows(const Rows& state, float* to, float scale) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        float2 top = {state.s[n][0] * scale, state.s[n][1] * scale};
+        float2 bottom = {state.s[n][2] * scale, state.s[n][3] * scale};
+        *(float2*)(to + v * N + 8 * n + p) = top;
+        *(float2*)(to + (v + 8) * N + 8 * n + p) = bottom;
+    }
+}
+
+DEVICE float largest_input(const u32 v[4]) {
+    u32 most = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) most = max_pair(most, v[i] & SIGNLESS);
+    return fmaxf(low_input(most), high_input(most));
+}

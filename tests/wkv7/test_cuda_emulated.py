@@ -1,0 +1,147 @@
+"""The backend `cuda` on a CPU, kernels and host code, against the recurrence in fp64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from wkv7.cases import Case, Place, arguments, exact, failures, make_inputs
+from wkv7.emulation import Emulator, Guard, emulate, why_not
+
+from rwkv7.wkv7 import wkv7
+from rwkv7.wkv7.backends import cuda
+from rwkv7.wkv7.backends.cuda import CudaBackend, plan
+from rwkv7.wkv7.contract import Call
+from rwkv7.wkv7.tolerance import BOUNDS, compare, relative_error
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+CPU = Place("cuda")
+ONE = {"B": 1, "H": 1, "K": 64, "V": 64}
+PACKED = (0, 0, 1, 65, 65, 66, 100)
+LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130)
+VALUES = ("same key", "decay floor", "decay one", "large v")
+CASES = [
+    *(
+        Case(T=T, state=state, **ONE)
+        for T, state in zip(LENGTHS, itertools.cycle(("random", "none", "zero")))
+    ),
+    *(Case(T=80, values=values, **ONE) for values in VALUES),
+    Case(T=70, **{**ONE, "B": 2, "H": 2}),
+    Case(T=70, decay="log_bounded", **ONE),
+    Case(T=70, decay="log_bounded", wide_w=True, **ONE),
+    Case(offsets=PACKED, **{**ONE, "H": 2}),
+    Case(offsets=PACKED, state="none", **ONE),
+]
+# Gradients through one output alone; the other one's is absent.
+ONE_SIDED = [Case(T=70, through=through, **ONE) for through in ("y", "state")]
+HALF = [Case(T=T, values=values, **ONE) for T, values in ((70, "model"), (130, "same key"))]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """Kernels are built once for the whole file."""
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(autouse=True)
+def guard(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
+    """Every test runs with guarded outputs, and none may write beyond them."""
+    guard = emulate(monkeypatch, emulator)
+    yield guard
+    assert guard.buffers and guard.intact()
+
+
+def forward_failures(case: Case, dtype: torch.dtype) -> dict[str, str]:
+    """What of y and the final state is out of bounds, in inference and where states are kept."""
+    wrong = {}
+    for save in (False, True):
+        given, options = arguments(case, make_inputs(case, dtype), CPU, dtype)
+        y, state = wkv7(*(x.requires_grad_(save) for x in given), **options)
+        measures = compare({"y": y, "state": state}, exact(case, dtype), dtype)
+        wrong |= {f"{n}, save {save}": f"{m.error:.1e}" for n, m in measures.items() if not m.ok}
+    return wrong
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case) -> None:
+    assert not forward_failures(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_forward_in_fp16(case: Case) -> None:
+    assert not forward_failures(case, torch.float16)
+
+
+@pytest.mark.parametrize("case", [*CASES, *ONE_SIDED], ids=str)
+def test_gradients(case: Case) -> None:
+    assert not failures(case, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_gradients_in_fp16(case: Case) -> None:
+    assert not failures(case, CPU, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(T=130, **{**ONE, "B": 2}), Case(offsets=PACKED, **ONE)], ids=str
+)
+def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
+    """As fp16 with a power of two a row, where plan.chunk_count says; an empty chunk saves none."""
+    given, options = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
+    offsets = options["cu_seqlens"]
+    call = Call(*given, case.decay, offsets)
+    _, _, saved = CudaBackend().forward(call, True)
+    words = plan.chunk_count(call) * 64 * 32
+    states = saved[:words].view(torch.float16).view(-1, 1, 64, 64)
+    scales = saved[words:].view(-1, 1, 64)
+    wide = [x.double() for x in given]
+    spans = itertools.pairwise(case.offsets) if case.offsets else [(0, case.T)] * case.B
+    for s, (start, end) in enumerate(spans):
+        first, row = (start // 64 + s, 0) if case.offsets else (s * -(-case.T // 64), s)
+        for i, done in enumerate(range(0, end - start, 64)):
+            before = [x[row : row + 1, start : start + done] for x in wide[:6]]
+            _, state = wkv7(*before, wide[6][s : s + 1], decay=case.decay, backend="reference")
+            found = states[first + i].double() * scales[first + i, ..., None]
+            assert relative_error(found, state[0]) < BOUNDS[torch.bfloat16].state
+
+
+@pytest.mark.parametrize("state", ["none", "random"])
+@pytest.mark.parametrize("values", ["model", "same key", "decay floor"])
+def test_segments_at_once(
+    values: str, state: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences of four segments, the last ones ragged, joined by their maps."""
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 64)
+    case = Case(T=230, values=values, state=state, **{**ONE, "B": 2})
+    emulator.launches.clear()
+    assert not failures(case, CPU, torch.bfloat16)
+    forward, backward = (
+        ["forward", "forward", "chain", "forward"],
+        ["backward", "chain", "backward"],
+    )
+    assert emulator.launches == forward + backward
+
+
+def test_strides_and_addresses_are_free() -> None:
+    """A view that begins between two 16-byte boundaries, and one with its axes swapped."""
+    case = Case(T=20, **{**ONE, "B": 2, "H": 2})
+    given, options = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
+    expected = wkv7(*given, **options)
+    odd = [torch.cat([x.new_ones(1), x.flatten()])[1:].view(x.shape) for x in given]
+    swapped = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in given]
+    for others in (odd, swapped):
+        assert all(map(torch.equal, wkv7(*others, **options), expected))
+
+
+def test_an_empty_call_launches_nothing(emulator: Emulator) -> None:
+    before = len(emulator.launches)
+    given, options = arguments(
+        Case(T=0, **ONE), make_inputs(Case(T=0, **ONE), torch.bfloat16), CPU, torch.bfloat16
+    )
+    y, state = wkv7(*given, **options)
+    assert y.shape == (1, 0, 1, 64) and torch.equal(state, given[6])
+    assert state.data_ptr() != given[6].data_ptr()
+    assert len(emulator.launches) == before

@@ -1,0 +1,292 @@
+"""The host side of the backend `cuda` without a GPU: what is kept of compiled kernels, what a
+launch hands to the driver, and which calls and cards are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rwkv7.wkv7.backends import cuda
+from rwkv7.wkv7.backends.cuda import CudaBackend, compiler, launch, plan
+from rwkv7.wkv7.contract import Call
+
+MACROS = (("INPUT_FP16", 0), ("W_FP32", 0), ("LOGIT", 1), ("PACKED", 0), ("SAVE", 0))
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An empty cache, and a compiler that only notes what it was asked for."""
+    asked: list[str] = []
+
+    def compile_kernel(kernel: plan.Kernel, macros: plan.Macros, target: str) -> tuple[bytes, str]:
+        asked.append(f"{kernel.name} {target}")
+        return f"cubin {len(asked)}".encode(), ""
+
+    monkeypatch.setenv(compiler.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(compiler, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(compiler, "_version", lambda: (13, 0))
+    return asked
+
+
+def entries() -> list[Path]:
+    return sorted(compiler.cache_folder().iterdir())
+
+
+def get(target: str = "sm_90a", macros: plan.Macros = MACROS) -> bytes:
+    return compiler.compiled(plan.FORWARD, macros, target)
+
+
+def test_a_kernel_is_compiled_once(compilations: list[str]) -> None:
+    assert get() == get() == b"cubin 1"
+    assert len(compilations) == 1 and len(entries()) == 1
+
+
+def test_everything_that_goes_in_is_in_the_key(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get()
+    get("sm_80")
+    get(macros=(("INPUT_FP16", 1), *MACROS[1:]))
+    monkeypatch.setattr(compiler, "_version", lambda: (13, 1))
+    get()
+    for path in compiler.SOURCES.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(compiler, "SOURCES", tmp_path)
+    get()
+    assert len(compilations) == 4  # the same source from another folder is the same
+    with (tmp_path / "warp.cuh").open("a") as header:
+        header.write("// changed\n")
+    get()
+    assert len(compilations) == 5
+    assert len(entries()) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", None])
+def test_a_damaged_entry_is_compiled_anew(compilations: list[str], damage: bytes | None) -> None:
+    whole = get()
+    (entry,) = entries()
+    content = bytearray(entry.read_bytes())
+    content[-1] ^= 1
+    entry.write_bytes(bytes(content) if damage is None else damage)
+    assert get() != whole and len(compilations) == 2
+    assert get() == b"cubin 2" and len(compilations) == 2
+
+
+def test_a_folder_that_cannot_be_written_only_warns(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compiler.FOLDER_VARIABLE, str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match=compiler.FOLDER_VARIABLE):
+        assert get() == b"cubin 1"
+
+
+PROGRAM = f"""
+import sys, time
+from pathlib import Path
+from rwkv7.wkv7.backends.cuda import compiler, plan
+def compile_kernel(kernel, macros, target):
+    print("compiling", flush=True)
+    time.sleep(float(sys.argv[1]))
+    return b"x" * 1_000_000, ""
+compiler.compile_kernel, compiler._version = compile_kernel, lambda: (13, 0)
+print(len(compiler.compiled(plan.FORWARD, {MACROS}, "sm_90a")), flush=True)
+"""
+
+
+def process(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    """Another process that gets the kernel, whose compilation takes that long."""
+    environment = os.environ | {compiler.FOLDER_VARIABLE: str(folder)}
+    command = [sys.executable, "-c", PROGRAM, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_processes_share_the_folder(tmp_path: Path) -> None:
+    """Two at once, one killed while it compiles; then one that finds what they left."""
+    both = [process(tmp_path, 0.2) for _ in range(2)]
+    killed = process(tmp_path, 60)
+    assert killed.stdout is not None and killed.stdout.readline() == "compiling\n"
+    killed.kill()
+    killed.communicate()
+    for one in both:
+        assert one.communicate()[0].endswith("1000000\n") and one.returncode == 0
+    folder = tmp_path / "kernels"
+    assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+    last = process(tmp_path, 60)
+    assert last.communicate()[0] == "1000000\n"  # without compiling
+
+
+class Driver:
+    """Stands for cuda.bindings.driver: notes what it is told."""
+
+    class CUresult(enum.IntEnum):
+        CUDA_SUCCESS = 0
+        CUDA_ERROR_INVALID_CONTEXT = 201
+        CUDA_ERROR_INVALID_IMAGE = 200
+
+    CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+        CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="carveout",
+    )
+
+    def __init__(self, context: int) -> None:
+        self.context = context
+        self.told: list[tuple[Any, ...]] = []
+        self.arguments: list[int] = []
+
+    def note(self, *what: Any, gives: Any = None) -> tuple[Any, ...]:
+        self.told.append(what)
+        return (self.CUresult.CUDA_SUCCESS,) if gives is None else (self.CUresult(0), gives)
+
+    def CUdevice(self, index: int) -> int:
+        return index
+
+    def cuCtxGetCurrent(self) -> tuple[Any, ...]:
+        return self.CUresult(0), self.context
+
+    def cuDevicePrimaryCtxRetain(self, index: int) -> tuple[Any, ...]:
+        return self.note("retain", index, gives=7)
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[Any, ...]:
+        self.context = context
+        return self.note("current", context)
+
+    def cuModuleLoadData(self, cubin: bytes) -> tuple[Any, ...]:
+        if cubin == b"bad":
+            return self.CUresult.CUDA_ERROR_INVALID_IMAGE, 0
+        return self.note("load", cubin, gives="module")
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Any, ...]:
+        return self.note("function", module, name, gives="function")
+
+    def cuFuncSetAttribute(self, *what: Any) -> tuple[Any, ...]:
+        return self.note("attribute", *what)
+
+    def cuLaunchKernel(self, *how: Any) -> tuple[Any, ...]:
+        if self.context == 0:
+            return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
+        slots = ctypes.cast(how[9], ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)))
+        self.arguments = [slots[i][0] for i in range(3)]
+        return self.note("launch", *how[:9])
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """A card of compute capability 9.0 whose context this thread has not opened."""
+    driver = Driver(context=0)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=42))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: target.encode())
+    launch.load.cache_clear()
+    yield driver
+    launch.load.cache_clear()
+
+
+def test_a_launch(card: Driver) -> None:
+    device = torch.device("cuda", 1)
+    for _ in range(2):
+        launch.launch(plan.FORWARD, MACROS, device, 12, (2**63, 0, 65))
+    shared = plan.FORWARD.shared_bytes(MACROS)
+    started = ("launch", "function", 12, 1, 1, plan.FORWARD.threads, 1, 1, shared, 42)
+    assert card.told == [
+        ("retain", 1),
+        ("current", 7),
+        ("load", b"sm_90a"),
+        ("function", "module", b"wkv7_forward"),
+        ("attribute", "function", "shared", shared),
+        ("attribute", "function", "carveout", 100),
+        started,
+        started,
+    ]
+    assert card.arguments == [2**63, 0, 65]
+
+
+def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
+    device = torch.device("cuda", 0)
+    launch.launch(plan.FORWARD, MACROS, device, 1, (1, 2, 3))
+    card.context, card.told[:] = 0, []
+    launch.launch(plan.FORWARD, MACROS, device, 1, (1, 2, 3))
+    assert [what[0] for what in card.told] == ["retain", "current", "launch"]
+
+
+def test_what_the_driver_refuses_is_said(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: b"bad")
+    with pytest.raises(RuntimeError, match="loading wkv7_forward for sm_90a.*INVALID_IMAGE"):
+        launch.launch(plan.FORWARD, MACROS, torch.device("cuda", 0), 1, (1, 2, 3))
+
+
+def call(
+    dtype: torch.dtype = torch.bfloat16, decay: str = "logit", K: int = 64, V: int = 64
+) -> Call:
+    key, value = (torch.zeros(1, 1, 1, size, dtype=dtype) for size in (K, V))
+    return Call(key, key, key, value, key, key, None, decay, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (call(torch.float32), "float32"),
+        (call(K=32, V=32), "K = 32"),
+        (call(V=32), "V = 32"),
+        (call(decay="log"), "log_bounded"),
+        (call(), None),
+    ],
+)
+def test_calls_that_no_kernel_takes(asked: Call, reason: str | None) -> None:
+    found = plan.refuses(asked)
+    assert found is None if reason is None else found is not None and reason in found
+    assert "needs an NVIDIA GPU" in str(CudaBackend().refuses(asked))
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib", "reason"),
+    [
+        ((7, 5), 64, "compute capability"),
+        ((8, 6), 99, "KiB of shared memory a block, this card has 99"),
+        ((8, 0), 163, "not for sm_80"),
+        ((9, 0), 227, "not for sm_90a"),
+    ],
+)
+def test_cards_that_are_refused(
+    capability: tuple[int, int], kib: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.setattr(compiler, "why_not", lambda target: f"not for {target}")
+    found = cuda._card_refuses.__wrapped__(0)
+    assert found is not None and reason in found
+
+
+def test_without_the_compiler_the_reason_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "cuda-bindings==12.*" in str(compiler.why_not.__wrapped__("sm_90a"))
+    assert "none here" in compiler.report()["compiler"]
+
+
+def test_an_nvrtc_of_another_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvrtc = SimpleNamespace(
+        nvrtcVersion=lambda: (0, 13, 1), nvrtcGetSupportedArchs=lambda: (0, [80, 90])
+    )
+    monkeypatch.setattr(compiler, "_nvrtc", lambda: nvrtc)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "NVRTC 13.1 beside torch for CUDA 12" in str(compiler.why_not.__wrapped__("sm_90a"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert compiler.why_not.__wrapped__("sm_90a") is None
+    assert "does not know sm_100a" in str(compiler.why_not.__wrapped__("sm_100a"))
