@@ -20,7 +20,7 @@ from rwkv7.generate import Session
 from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import ByteTokenizer
 from rwkv7.training import TrainSettings, train_model, tune_model
-from rwkv7.training.log import read_log
+from rwkv7.training.watch.log import read_log
 
 QUESTION, ANSWER = "Who made the light?", "It was made on the first day."
 

@@ -14,8 +14,8 @@ from rwkv7.tokenizer import get_tokenizer
 from rwkv7.training import TrainSettings, resume_training, train_model
 from rwkv7.training.batch import Batch
 from rwkv7.training.data import build_corpus, find_text, open_data, prepare_data, write_corpus
-from rwkv7.training.log import StepRecord
 from rwkv7.training.sources import PackedWindows, Windows
+from rwkv7.training.watch.log import StepRecord
 
 BYTE = get_tokenizer("byte")
 

@@ -24,9 +24,9 @@ from rwkv7.training import (
     train_model,
 )
 from rwkv7.training.batch import Batch
-from rwkv7.training.log import StepRecord, read_log
-from rwkv7.training.report import Report
 from rwkv7.training.sources import Windows
+from rwkv7.training.watch.log import StepRecord, read_log
+from rwkv7.training.watch.report import Report
 
 CPU = "cpu"
 

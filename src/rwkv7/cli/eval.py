@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rwkv7.evaluation_tasks import evaluate_file
+from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
 from rwkv7.tokenizer import tokenizer_of
 

@@ -2,9 +2,9 @@
 
 from .evaluate import Evaluation, evaluate
 from .loop import TrainingDivergedError, TrainResult
-from .report import Report, console_report
 from .runs import plan_training, resume_training, train_model, tune_model
 from .settings import TrainSettings
+from .watch.report import Report, console_report
 
 __all__ = [
     "Evaluation",

@@ -26,14 +26,14 @@ from .checkpoint import newest_checkpoint, save_checkpoint
 from .data import ChatData, TokenData
 from .evaluate import Evaluation, evaluate, evaluate_answers
 from .interrupt import interruptible
-from .log import RunLog, StepRecord, plot_loss
 from .optim import learning_rate, set_learning_rate
-from .report import Report
 from .settings import TrainSettings
 from .sources import make_source
 from .step import precision, step_gradients
 from .tuning import Tuning
 from .watch.diverged import first_not_finite
+from .watch.log import RunLog, StepRecord, plot_loss
+from .watch.report import Report
 from .watch.samples import write_sample, write_samples
 from .watch.speed import Utilisation
 

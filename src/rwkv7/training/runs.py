@@ -45,10 +45,10 @@ from .data import (
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
-from .report import Report, ReportToAll
 from .settings import TrainSettings, resumed_settings, tuning_settings
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 from .watch.plan import Plan, make_plan
+from .watch.report import Report, ReportToAll
 
 __all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
 

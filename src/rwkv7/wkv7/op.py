@@ -91,8 +91,7 @@ def wkv7(
     given = (r, w, k, v, a, b, state)
     _refuse_forward_mode(*given)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    y, final, _ = _forward(*given, decay, cu_seqlens, backend, save, invariance_wanted())
-    return y, final
+    return _forward(*given, decay, cu_seqlens, backend, save, invariance_wanted())[:2]
 
 
 def explain(

@@ -1,1 +1,1 @@
-"""What a person learns of a run beyond its loss: speed, samples, where a NaN began, and a plan."""
+"""What a person learns of a run: log, progress, speed, samples, where a NaN began, and a plan."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rwkv7.training.evaluate import Evaluation
-from rwkv7.training.log import StepRecord
-from rwkv7.training.report import Report
+
+from .log import StepRecord
+from .report import Report
 
 __all__ = ["BoardReport"]
 

@@ -1,7 +1,7 @@
 """How probable a model finds texts and continuations, as token ids, in packed batches.
 
 What several sequences begin with is read once and its state forked. Text, files and tasks are left
-to `evaluation_tasks`, which builds on this.
+to tasks.py, which builds on this.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .nn import RWKV7
-from .state import ModelState, wide_dtype
+from rwkv7.nn import RWKV7
+from rwkv7.state import ModelState, wide_dtype
 
-__all__ = ["Score", "carried_bits", "score", "summed_bits"]
+__all__ = ["LOGITS_AT_ONCE", "Score", "carried_bits", "score", "summed_bits"]
 
 Item = TypeVar("Item")
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import json_object
-from .tokenizer import check_ids, runs_of_text
+from rwkv7.files import json_object
+
+from .builtin import check_ids, runs_of_text
 
 __all__ = ["FileTokenizer"]
 

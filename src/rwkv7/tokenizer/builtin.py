@@ -1,28 +1,15 @@
-"""From text to token ids and back: single bytes (built in), RWKV's World vocabulary, or a file's.
-
-A tokenizer here never loses a byte: text that is not UTF-8 goes in and comes out unchanged.
-`StreamDecoder` turns ids that arrive one by one into whole characters. Models and generation know
-ids alone, and nothing of this file.
-"""
+"""The tokenizers that are built in, single bytes and RWKV's World vocabulary, and what one is."""
 
 from __future__ import annotations
 
 import ast
-import codecs
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = [
-    "ByteTokenizer",
-    "StreamDecoder",
-    "Tokenizer",
-    "WorldTokenizer",
-    "get_tokenizer",
-    "tokenizer_of",
-]
+__all__ = ["ByteTokenizer", "Tokenizer", "WorldTokenizer", "check_ids", "runs_of_text"]
 
 # Bytes that are not UTF-8, as Python's "surrogateescape" stands for them in a str.
 _ESCAPED = re.compile("([\udc80-\udcff]+)")
@@ -121,73 +108,6 @@ class WorldTokenizer:
             token = ast.literal_eval(line[first + 1 : last])
             table[int(line[:first])] = token if isinstance(token, bytes) else token.encode()
         return table
-
-
-_TOKENIZERS: dict[str, type[ByteTokenizer] | type[WorldTokenizer]] = {
-    "byte": ByteTokenizer,
-    "world": WorldTokenizer,
-}
-
-
-def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "byte", "world", or the path of a file that `tokenizers` reads.
-
-    A path is one that exists: a tokenizer.json, or a folder with one in it.
-
-    Raises ValueError for another name, for a file that cannot be read, or where the package that it
-    needs is not installed.
-    """
-    if name in _TOKENIZERS:
-        return _TOKENIZERS[name]()
-    path = Path(name)
-    if path.is_file() or (path / "tokenizer.json").is_file():
-        from .tokenizer_file import FileTokenizer
-
-        return FileTokenizer(name)
-    known = ", ".join(f'"{known}"' for known in _TOKENIZERS)
-    raise ValueError(
-        f"tokenizer: expected one of {known}, or the path of a tokenizer.json, found {name!r}"
-    )
-
-
-def tokenizer_of(vocab_size: int) -> Tokenizer:
-    """The tokenizer that a model with so many tokens was trained with, going by the number alone.
-
-    Raises ValueError for a number that belongs to none, or where its package is not installed.
-    """
-    for name, kind in _TOKENIZERS.items():
-        if kind.vocab_size == vocab_size:
-            return get_tokenizer(name)
-    known = ", ".join(f"{kind.vocab_size} ({name})" for name, kind in _TOKENIZERS.items())
-    raise ValueError(f"model: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
-
-
-class StreamDecoder:
-    """Ids in, one at a time; whole characters out. Stray bytes come out as U+FFFD.
-
-    `pending` holds the bytes of a character that is not yet whole; give it to a new decoder to go
-    on where this one stopped.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, pending: bytes = b"") -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.setstate((pending, 0))
-
-    @property
-    def pending(self) -> bytes:
-        """The bytes received that do not make a whole character yet (at most three)."""
-        return self._decoder.getstate()[0]
-
-    def feed(self, token: int) -> str:
-        """The characters that `token` completes, often one, sometimes none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
-
-    def flush(self) -> str:
-        """What is left at the end of a text: U+FFFD for a character that stayed incomplete."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
 
 
 def _as_bytes(text: str | bytes) -> bytes:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .evaluation import carried_bits, score
-from .files import json_object
-from .nn import RWKV7
-from .tokenizer import Tokenizer
+from rwkv7.files import json_object
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import Tokenizer
+
+from .scores import carried_bits, score
 
 __all__ = ["evaluate_file"]
 

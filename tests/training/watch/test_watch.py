@@ -23,9 +23,9 @@ from rwkv7.training import (
     step,
     train_model,
 )
-from rwkv7.training.log import read_log
-from rwkv7.training.report import Report
 from rwkv7.training.watch.diverged import first_not_finite
+from rwkv7.training.watch.log import read_log
+from rwkv7.training.watch.report import Report
 from rwkv7.training.watch.samples import write_sample
 from rwkv7.training.watch.speed import Utilisation, flops_per_token
 

@@ -10,7 +10,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .evaluate import Evaluation
+from rwkv7.training.evaluate import Evaluation
+
 from .log import StepRecord
 
 __all__ = ["BarReport", "LineReport", "Report", "ReportToAll", "console_report"]

@@ -18,11 +18,11 @@ from rwkv7.config import ModelConfig
 from rwkv7.state import load_tuned
 from rwkv7.training import TrainSettings, checkpoint, resume_training, tune_model
 from rwkv7.training.data import open_data
-from rwkv7.training.log import read_log
 from rwkv7.training.settings import tuning_settings
 from rwkv7.training.sources import make_source
 from rwkv7.training.tuning import make_tuning
 from rwkv7.training.tuning.states import StateTuning
+from rwkv7.training.watch.log import read_log
 
 CPU = "cpu"
 BYTES = ModelConfig.from_sizes(vocab_size=256, width=16, layers=2, head_size=8)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from random_model import SMALL, random_model
 
-from rwkv7 import ModelConfig, evaluation
-from rwkv7.evaluation import score
-from rwkv7.evaluation_tasks import evaluate_file
+from rwkv7 import ModelConfig
+from rwkv7.evaluation import evaluate_file, score, scores
 from rwkv7.tokenizer import get_tokenizer
 
 BYTE = get_tokenizer("byte")
@@ -48,9 +47,9 @@ def alone(model, context, continuation):
     ("packed", "states", "logits"), [(8192, 64, 1 << 26), (7, 2, 60), (1, 1, 1)]
 )
 def test_each_score_is_that_of_the_pair_alone(monkeypatch, model, packed, states, logits):
-    monkeypatch.setattr(evaluation, "PACKED_TOKENS", packed)
-    monkeypatch.setattr(evaluation, "FORKED_STATES", states)
-    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(scores, "PACKED_TOKENS", packed)
+    monkeypatch.setattr(scores, "FORKED_STATES", states)
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", logits)
     likeliest = []
     for context in CONTEXTS:
         with torch.no_grad():

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7.files import json_object, write_atomically
-
-from .evaluate import Evaluation
+from rwkv7.training.evaluate import Evaluation
 
 __all__ = ["RunLog", "StepRecord", "plot_loss", "read_log"]
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from rwkv7.training.evaluate import Evaluation
-from rwkv7.training.log import RunLog, StepRecord, plot_loss, read_log
-from rwkv7.training.report import BarReport, LineReport, Report, console_report
+from rwkv7.training.watch.log import RunLog, StepRecord, plot_loss, read_log
+from rwkv7.training.watch.report import BarReport, LineReport, Report, console_report
 
 HELD_OUT = Evaluation(carried=2.25, dropped=2.5, bytes=1000)
 

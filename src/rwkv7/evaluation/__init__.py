@@ -1,0 +1,13 @@
+"""How probable a model finds texts and continuations, and tests of it that stand in files."""
+
+from .scores import LOGITS_AT_ONCE, Score, carried_bits, score, summed_bits
+from .tasks import evaluate_file
+
+__all__ = [
+    "LOGITS_AT_ONCE",
+    "Score",
+    "carried_bits",
+    "evaluate_file",
+    "score",
+    "summed_bits",
+]
