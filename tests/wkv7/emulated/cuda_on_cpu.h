@@ -50,6 +50,13 @@ static inline u16 bf16_of(float x) {
 }
 static inline u32 pack_half(float low, float high) { return half_of(low) | (u32)half_of(high) << 16; }
 static inline u32 pack_bf16(float low, float high) { return bf16_of(low) | (u32)bf16_of(high) << 16; }
+static inline float bf16_value(u16 x) { return from_bits((u32)x << 16); }
+static inline u32 max_pair_half(u32 x, u32 y) {
+    return pack_half(fmaxf(half_value((u16)x), half_value((u16)y)), fmaxf(half_value(x >> 16), half_value(y >> 16)));
+}
+static inline u32 max_pair_bf16(u32 x, u32 y) {
+    return pack_bf16(fmaxf(bf16_value((u16)x), bf16_value((u16)y)), fmaxf(bf16_value(x >> 16), bf16_value(y >> 16)));
+}
 static inline float exp2_of(float x) { return exp2f(x); }
 static inline float inverse_of(float x) { return 1.0f / x; }
 
@@ -114,6 +121,17 @@ static inline void store_tiles_transposed(void* row, const u32 r[4]) {
             memcpy((char*)all[m * 8 + p + i] + 2 * q, &x, 2);
         }
     sync_warp();
+}
+static inline u32 transpose_tile(u32 x) {
+    exchange_u[current][0] = x; sync_warp();
+    u32 (*all)[6] = exchange_u + warp_id() * LANES;
+    u32 r = 0;
+    for (int i = 0; i < 2; ++i) {
+        int row = lane_id() % 4 * 2 + i, col = lane_id() / 4;  // of the tile as it was
+        r |= (all[row * 4 + col / 2][0] >> (col % 2 * 16) & 0xffff) << (16 * i);
+    }
+    sync_warp();
+    return r;
 }
 static inline void copy_16(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);

@@ -6,13 +6,18 @@
 //   by channels (a warp its 16): dr, da, dk, db, and from them dw.
 // E is the gradient of the state after a token, Z that of A_ak V + α Sᵀ. Everything on the side of V
 // is divided by one power of two for the chunk, everything on the side of the gradients by another.
+// The macro GRADIENTS 0 leaves out all but the gradient of the initial state.
 #define BACKWARD 1
+#define WITH_R 1
+#define WITH_K GRADIENTS
+#define WITH_MOVE GRADIENTS
 #include "state.cuh"
 
-// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; dY; E; the states
+// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; V; dY; E; the states
 // before steps 3 and 2, later those before steps 1 and 0; Z of one step.
 constexpr int U = MOVE;
-constexpr int DY = MOVE_BACK + TILE;
+constexpr int V = MOVE_BACK + TILE;
+constexpr int DY = V + TILE;
 constexpr int E_TILE = DY + TILE;
 constexpr int STATES = E_TILE + TILE;
 constexpr int Z = STATES + 2 * TILE;
@@ -87,7 +92,10 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
         const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
         u32 v[4], b[4], c[4], high[4], low[4];
         float x[2][4] = {}, removed[2][4] = {};
-        times_channels(state, step_to_middle(shared, step));
+        if (step == 0)
+            times_channels(state, step_to_middle(shared, 0));
+        else
+            times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
         if (step == 1)
 #pragma unroll
             for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
@@ -113,8 +121,8 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
             rows_operand(b, shared + B, first, block);
             mma_pair(&state.s[2 * block], u[step], b);
         }
-        times_channels(state, step_to_end(shared, step));
     }
+    times_channels(state, step_to_end(shared, STEPS - 1));
 }
 
 // By rows of V: Z and E into shared memory, dv of the step given, E before the step.
@@ -124,29 +132,34 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     u32 dy[4], b[4], c[4], high[4], low[4];
     float x[2][4] = {}, z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
-    store_state(shared + E_TILE, E);
+    if (GRADIENTS) store_state(shared + E_TILE, E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
     mma_pair(x, dy, b);  // (A_rbᵀ dY)ᵀ
     as_left_split(high, low, x);
     rows_square(b, inverse), rows_square(c, inverse + SQUARE);
     mma_pair(z, high, b), mma_pair(z, low, b), mma_pair(z, high, c);
-    as_left_split(high, low, z);  // as it is without E: what E adds is in KEY_BACK
-    rows_square(b, squares), rows_square(c, squares + 3 * SQUARE);
-    mma_pair(dv, high, b), mma_pair(dv, low, b), mma_pair(dv, high, c);
-    rows_square(b, squares + SQUARE);
-    mma_pair(dv, dy, b);
+    if (GRADIENTS) {
+        as_left_split(high, low, z);  // as it is without E: what E adds is in KEY_BACK
+        rows_square(b, squares), rows_square(c, squares + 3 * SQUARE);
+        mma_pair(dv, high, b), mma_pair(dv, low, b), mma_pair(dv, high, c);
+        rows_square(b, squares + SQUARE);
+        mma_pair(dv, dy, b);
+    }
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        u32 e[4];
-        as_left(e, &E.s[2 * block]);
+        u32 e[4], e_low[4];
+        as_left_split(e, e_low, &E.s[2 * block]);
         columns_operand(b, shared + MOVE_BACK, first, block);
         mma_pair(z, e, b);
-        columns_operand(b, shared + KEY_BACK, first, block);
-        mma_pair(dv, e, b);
+        if (INPUT_FP16) mma_pair(z, e_low, b);
+        if (GRADIENTS) {
+            columns_operand(b, shared + KEY_BACK, first, block);
+            mma_pair(dv, e, b);
+        }
     }
     as_left(high, z);
-    store_transposed(shared + Z, 0, warp_id(), high);
+    if (GRADIENTS) store_transposed(shared + Z, 0, warp_id(), high);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         rows_operand(b, shared + R, first, block);
@@ -370,29 +383,46 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         load_tile(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
         load_tile(shared + R, r + at * 2, stride * 2, left, 2);
         load_tile(shared + A, a + at * 2, stride * 2, left, 2);
-        load_tile(shared + K, k + at * 2, stride * 2, left, 2);
         load_tile(shared + B, b + at * 2, stride * 2, left, 2);
-        load_tile(shared + V, v + at * 2, stride * 2, left, 2);
+        if (GRADIENTS) {
+            load_tile(shared + K, k + at * 2, stride * 2, left, 2);
+            load_tile(shared + V, v + at * 2, stride * 2, left, 2);
+        }
         load_tile(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
         copies_done();
         sync_block();
-        prepare(shared, left);
+        if (left < CHUNK) {
+            fill_decays(shared, left);
+            sync_block();
+        }
+        prepare(shared);
         sync_block();
-        // Both sides on a power of two each.
-        float r_scales[STEPS], k_scales[STEPS], most_state = 0;
+        float r_scales[STEPS];
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            r_scales[step] = step_scales(shared, step)[0], k_scales[step] = step_scales(shared, step)[1];
-        const float* saved_scale = states_scale + index * N;
-        for (int row = lane_id(); row < N; row += 32) most_state = fmaxf(most_state, saved_scale[row]);
-        const float v_scale =
-            power_of_two(block_max(shared, fmaxf(most_state, largest_scaled(shared + V, k_scales))));
+        for (int step = 0; step < STEPS; ++step) r_scales[step] = step_scales(shared, step)[0];
         const float most = fmaxf(largest(E) * e_scale, largest_scaled(shared + DY, r_scales));
         const float next = power_of_two(block_max(shared, most));
         times(E, e_scale * inverse_power(next));
         e_scale = next;
-        scale_tile(shared + V, k_scales, inverse_power(v_scale));
         scale_tile(shared + DY, r_scales, inverse_power(e_scale));
+        sync_block();
+        if (!GRADIENTS) {
+#pragma unroll 1
+            for (int step = STEPS - 1; step >= 0; --step) {
+                float none[2][4];
+                rows_back(shared, step, E, none);
+            }
+            sync_block();
+            continue;
+        }
+        float k_scales[STEPS], most_state = 0;
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) k_scales[step] = step_scales(shared, step)[1];
+        const float* saved_scale = states_scale + index * N;
+        for (int row = lane_id(); row < N; row += 32) most_state = fmaxf(most_state, saved_scale[row]);
+        const float v_scale =
+            power_of_two(block_max(shared, fmaxf(most_state, largest_scaled(shared + V, k_scales))));
+        scale_tile(shared + V, k_scales, inverse_power(v_scale));
         sync_block();
         Rows state;
         u32 u[STEPS][4], second[4][4];

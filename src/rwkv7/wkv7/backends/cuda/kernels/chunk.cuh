@@ -5,7 +5,8 @@
 //     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
 // g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
 // of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
-// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1, and BACKWARD.
+// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1. The file that includes
+// this one says with BACKWARD, WITH_R, WITH_K and WITH_MOVE what it needs.
 #pragma once
 #include "warp.cuh"
 
@@ -18,23 +19,23 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
 // Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
-// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE receives W = X·α, in
-// the forward pass over α; there v's tile ends as y's.
-constexpr int R = 0, K = TILE, V = 2 * TILE, A = 3 * TILE, B = 4 * TILE, W = 5 * TILE;
+// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE
+// receives W = X·α, in the forward pass over α.
+constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
-constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 2 * 512, SOLVE_ROW = 80;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
+constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * SOLVE_ROW;
 constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
 constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
 constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
+// What κ and β lose to fp16: for the state a byte of each is enough, the upper ones of fp16 numbers,
+// κ's above β's in one tile.
+constexpr int LOWS = COMMON_BYTES;
+constexpr int FORWARD_BYTES = LOWS + TILE;
+// Backward they are fp16; then κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
 constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
-// What κ and β lose to fp16. In the backward pass κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
-constexpr int K_LOW = COMMON_BYTES + (BACKWARD ? TILE : 0);
-constexpr int B_LOW = K_LOW + TILE;
+constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
 constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
-// A_ab in fp32 while it is solved; the tile behind is free until then.
-constexpr int SCRATCH = BACKWARD ? B_LOW + 2 * TILE : B_LOW + TILE;
-constexpr int SCRATCH_STEP = (STEP - 1) * SOLVE_ROW + STEP * 4;
-constexpr int FORWARD_BYTES = SCRATCH + STEPS * SCRATCH_STEP;
 constexpr int SQUARE = 512;
 
 // What a step keeps in shared memory beside its rows of the tiles.
@@ -56,6 +57,9 @@ DEVICE float* step_scales(char* shared, int step) {
 DEVICE float low_input(u32 x) { return INPUT_FP16 ? low_half(x) : low_bf16(x); }
 DEVICE float high_input(u32 x) { return INPUT_FP16 ? high_half(x) : high_bf16(x); }
 DEVICE u32 pack_input(float x, float y) { return INPUT_FP16 ? pack_half(x, y) : pack_bf16(x, y); }
+
+DEVICE u32 max_pair(u32 x, u32 y) { return INPUT_FP16 ? max_pair_half(x, y) : max_pair_bf16(x, y); }
+constexpr u32 SIGNLESS = 0x7fff7fffu;
 
 DEVICE float log2_decay(float w) {
     return LOGIT ? -LOGIT_SCALE * LOG2E * inverse_of(1.0f + exp2_of(-LOG2E * w)) : w * LOG2E;
@@ -80,17 +84,34 @@ DEVICE void load_tile(char* tile, const char* from, i64 stride, int tokens, int 
 
 // The tile's rows of a step times up (and the scale), as fp16; gives the power of two taken out.
 DEVICE float scale_of(char* tile, int first) {
-    float most = 0;
+    u32 most = 0;
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) {
-        u32 x = *channels_at(tile, first + j);
-        most = fmaxf(most, fmaxf(fabsf(low_input(x)), fabsf(high_input(x))));
+    for (int j = 0; j < STEP; ++j) most = max_pair(most, *channels_at(tile, first + j) & SIGNLESS);
+    return power_of_two(warp_max(fmaxf(low_input(most), high_input(most))));
+}
+
+// Both halves' upper bytes, and what rounds to them.
+constexpr u32 UPPER = 0xff00ff00u, HALF_BYTE = 0x00800080u;
+DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
+}
+
+// The rows of w past the end of a sequence, made such that nothing decays there.
+DEVICE void fill_decays(char* shared, int tokens) {
+    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
+    for (int i = tokens * N + threadIdx.x; i < CHUNK * N; i += 128) {
+        const int row = i / N, channel = i % N;
+        if (W_FP32)
+            ((float*)(shared + W + row * W_ROW))[channel] = -1e30f;
+        else
+            ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
+                INPUT_FP16 ? 0xfc00 : 0xff80;
     }
-    return power_of_two(warp_max(most));
 }
 
 // The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
-DEVICE void prepare_operands(char* shared, int tokens) {
+DEVICE void prepare_operands(char* shared) {
     const int step = warp_id(), lane = lane_id(), first = STEP * step;
     float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
 #pragma unroll
@@ -103,9 +124,7 @@ DEVICE void prepare_operands(char* shared, int tokens) {
             u32 x = *channels_at(shared + W, first + j);
             w0 = low_input(x), w1 = high_input(x);
         }
-        bool inside = first + j < tokens;
-        g0 += inside ? log2_decay(w0) : 0.0f;
-        g1 += inside ? log2_decay(w1) : 0.0f;
+        g0 += log2_decay(w0), g1 += log2_decay(w1);
         up0[j] = g0, up1[j] = g1;
     }
     const float m0 = up0[STEP / 2 - 1], m1 = up1[STEP / 2 - 1];
@@ -116,7 +135,8 @@ DEVICE void prepare_operands(char* shared, int tokens) {
     float before0 = exp2_of(-m0), before1 = exp2_of(-m1);
 #pragma unroll
     for (int j = 0; j < STEP; ++j) up0[j] = exp2_of(up0[j] - m0), up1[j] = exp2_of(up1[j] - m1);
-    const float r_scale = scale_of(shared + R, first), k_scale = scale_of(shared + K, first);
+    const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
+    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
     const float a_scale = scale_of(shared + A, first);
     const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
     const float a_inverse = inverse_power(a_scale);
@@ -131,13 +151,25 @@ DEVICE void prepare_operands(char* shared, int tokens) {
         u32 *r = channels_at(shared + R, first + j), *k = channels_at(shared + K, first + j);
         u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
         float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
-        *r = pack_half(low_input(*r) * (up0[j] * r_inverse), high_input(*r) * (up1[j] * r_inverse));
-        float k0 = low_input(*k) * (down0 * k_inverse), k1 = high_input(*k) * (down1 * k_inverse);
-        *k = pack_half(k0, k1);
-        *channels_at(shared + K_LOW, first + j) = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        if (WITH_R)
+            *r = pack_half(low_input(*r) * (up0[j] * r_inverse),
+                           high_input(*r) * (up1[j] * r_inverse));
+        u32 k_low = 0;
+        if (WITH_K) {
+            float k0 = low_input(*k) * (down0 * k_inverse);
+            float k1 = high_input(*k) * (down1 * k_inverse);
+            *k = pack_half(k0, k1);
+            k_low = pack_half(k0 - low_half(*k), k1 - high_half(*k));
+        }
         float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
         *b = pack_half(b0, b1);
-        *channels_at(shared + B_LOW, first + j) = pack_half(b0 - low_half(*b), b1 - high_half(*b));
+        const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
+        if (BACKWARD)
+            *channels_at(shared + K_LOW, first + j) = k_low,
+            *channels_at(shared + B_LOW, first + j) = b_low;
+        else
+            *channels_at(shared + LOWS, first + j) =
+                (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
         float a0 = low_input(*a) * (before0 * a_inverse);
         float a1 = high_input(*a) * (before1 * a_inverse);
         *a = pack_half(a0, a1);
@@ -172,6 +204,7 @@ DEVICE void invert(char* inverse, char* scratch, const float ab[2][4]) {
         }
         x[i] = sum;
     }
+    sync_warp();  // forward the squares overwrite what was solved
     char* square = inverse + (lane < 16 ? 0 : SQUARE);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
@@ -213,11 +246,17 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
     const int first = STEP * step;
     u32 x_high[4], x_low[4], ak_high[4], ak_low[4];
     rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
-    rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
+    if (WITH_K) rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 high[4], low[4];
         float w[2][4] = {}, key[2][4];
+        left_transposed(high, shared + B, first, block);
+        left_transposed(low, shared + B_LOW, first, block);
+        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
+        as_left(high, w);
+        store_transposed(shared + MOVE_BACK, first, block, high);
+        if (!WITH_K) continue;
         left_transposed(high, shared + K, first, block);
         left_transposed(low, shared + K_LOW, first, block);
 #pragma unroll
@@ -225,40 +264,60 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
             key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
             key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
         }
-        left_transposed(high, shared + B, first, block);
-        left_transposed(low, shared + B_LOW, first, block);
-        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
         as_left_split(high, low, w);
         mma_pair(key, high, ak_high), mma_pair(key, high, ak_low), mma_pair(key, low, ak_high);
-        store_transposed(shared + MOVE_BACK, first, block, high);
         as_left(high, key);
         store_transposed(shared + KEY_BACK, first, block, high);
     }
 }
 
 // All that a warp's step needs before the state: operands, scores, inverse and W.
-DEVICE void prepare(char* shared, int tokens) {
+DEVICE void prepare(char* shared) {
     const int step = warp_id(), first = STEP * step;
-    prepare_operands(shared, tokens);
+    prepare_operands(shared);
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 alpha[4], rho[4], beta[4], kappa[4];
         left_operand(alpha, shared + A, first, block);
-        left_operand(rho, shared + R, first, block);
         columns_operand(beta, shared + B, first, block);
-        columns_operand(kappa, shared + K, first, block);
-        mma_pair(ab, alpha, beta), mma_pair(ak, alpha, kappa);
-        mma_pair(rb, rho, beta), mma_pair(rk, rho, kappa);
+        mma_pair(ab, alpha, beta);
+        if (WITH_R) {
+            left_operand(rho, shared + R, first, block);
+            mma_pair(rb, rho, beta);
+        }
+        if (WITH_K) {
+            columns_operand(kappa, shared + K, first, block);
+            mma_pair(ak, alpha, kappa);
+        }
+        if (WITH_R && WITH_K) mma_pair(rk, rho, kappa);
+        if (INPUT_FP16) {  // held to finer bounds than bf16
+            u32 low[4];
+            left_operand(low, step_low(shared, step), first, block);
+            mma_pair(ab, low, beta);
+            if (WITH_K) mma_pair(ak, low, kappa);
+            u32 k_low[4], b_low[4];
+            if (BACKWARD) {
+                columns_operand(k_low, shared + K_LOW, first, block);
+                columns_operand(b_low, shared + B_LOW, first, block);
+            } else {
+                columns_operand(low, shared + LOWS, first, block);
+                take_lows(k_low, b_low, low);
+            }
+            mma_pair(ab, alpha, b_low);
+            if (WITH_R) mma_pair(rb, rho, b_low);
+            if (WITH_K) mma_pair(ak, alpha, k_low);
+            if (WITH_R && WITH_K) mma_pair(rk, rho, k_low);
+        }
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
     char* inverse = step_inverse(shared, step);
-    invert(inverse, shared + SCRATCH + step * SCRATCH_STEP, ab);
-    find_move(shared, step, inverse);
+    invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
+    if (WITH_MOVE) find_move(shared, step, inverse);
     sync_warp();  // the low part of α has been read; its rows are used anew
     char* squares = step_squares(shared, step);
-    store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
-    store_square_split(squares, squares + 3 * SQUARE, ak);
+    if (WITH_R) store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
+    if (WITH_K) store_square_split(squares, squares + 3 * SQUARE, ak);
     if (BACKWARD) {
         sync_warp();
         find_move_back(shared, step, inverse, squares);

@@ -2,7 +2,12 @@
 //
 // Warp w has the rows 16 w.. of the state [V, K] and no business with the others': a product's
 // fragment is the next product's operand. See chunk.cuh for the operands.
+// The macro SAVE keeps the states before the chunks. OUTPUT 0 leaves y out: what a segment does to the
+// empty state. VALUES 0 leaves v out too and starts from the identity: what it does to any other.
 #define BACKWARD 0
+#define WITH_R OUTPUT
+#define WITH_K VALUES
+#define WITH_MOVE 1
 #include "state.cuh"
 
 // The state before a chunk, for the backward pass: fp16, a power of two a row.
@@ -24,52 +29,99 @@ DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale
     if ((lane_id() & 3) == 0) scales[v] = top * scale, scales[v + 8] = bottom * scale;
 }
 
-// Sixteen tokens: y into the warp's columns of v's tile, times `scale`; the state moves on.
-DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], float scale) {
+DEVICE void identity(Rows& state) {
+    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            state.s[n][i] = v + (i & 2) * 4 == 8 * n + p + (i & 1) ? 1.0f : 0.0f;
+}
+
+// The warp's channels of v for the tokens of a step, as the left operand Vᵀ; and y the same way back.
+// q tokens of the first half lie `left` from the end, those of the second eight further.
+DEVICE void read_values(u32 v[4], const char* from, i64 stride, int left) {
+    const int q = lane_id() >> 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int token = q + (i >> 1) * 8;
+        u32 x = 0;
+        if (token < left) x = *(const u32*)(from + token * stride + (i & 1) * 16);
+        v[i] = transpose_tile(x);
+    }
+}
+DEVICE void write_values(char* to, const u32 y[4], i64 stride, int left) {
+    const int q = lane_id() >> 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int token = q + (i >> 1) * 8;
+        const u32 x = transpose_tile(y[i]);
+        if (token < left) *(u32*)(to + token * stride + (i & 1) * 16) = x;
+    }
+}
+
+// Sixteen tokens: yᵀ, times `scale`; the state moves on.
+DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], u32 out[4], float scale) {
     const int first = STEP * step;
     const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
     u32 b[4], c[4], high[4], low[4];
     float u[2][4] = {}, y[2][4] = {}, x[2][4] = {};
-    columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
-    mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
-    as_left_split(high, low, x);
-    columns_square(b, inverse), columns_square(c, inverse + SQUARE);
-    mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
-    columns_square(b, squares + SQUARE);
-    mma_pair(y, v, b);
+    if (VALUES) {
+        columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
+        mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
+        as_left_split(high, low, x);
+        columns_square(b, inverse), columns_square(c, inverse + SQUARE);
+        mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
+    }
+    if (OUTPUT) {
+        columns_square(b, squares + SQUARE);
+        mma_pair(y, v, b);
+    }
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 s[4];
         as_left(s, &state.s[2 * block]);
         columns_operand(b, shared + MOVE, first, block);
         mma_pair(u, s, b);
-        columns_operand(b, shared + R, first, block);
-        mma_pair(y, s, b);
+        if (OUTPUT) {
+            columns_operand(b, shared + R, first, block);
+            mma_pair(y, s, b);
+        }
     }
     as_left(high, u);
-    columns_square(b, squares + 2 * SQUARE);
-    mma_pair(y, high, b);
+    if (OUTPUT) {
+        columns_square(b, squares + 2 * SQUARE);
+        mma_pair(y, high, b);
+    }
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(b, shared + K, first, block), rows_operand(c, shared + K_LOW, first, block);
-        mma_pair(&state.s[2 * block], v, b), mma_pair(&state.s[2 * block], v, c);
-        rows_operand(b, shared + B, first, block), rows_operand(c, shared + B_LOW, first, block);
-        mma_pair(&state.s[2 * block], high, b), mma_pair(&state.s[2 * block], high, c);
+        rows_operand(b, shared + B, first, block);
+        mma_pair(&state.s[2 * block], high, b);
+        rows_operand(low, shared + LOWS, first, block);
+        take_lows(b, c, low);
+        mma_pair(&state.s[2 * block], high, c);
+        if (VALUES) {
+            mma_pair(&state.s[2 * block], v, b);
+            rows_operand(b, shared + K, first, block);
+            mma_pair(&state.s[2 * block], v, b);
+        }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        b[i] = pack_input(y[i >> 1][(i & 1) * 2] * scale, y[i >> 1][(i & 1) * 2 + 1] * scale);
-    store_transposed(shared + V, first, warp_id(), b);
+        out[i] = pack_input(y[i >> 1][(i & 1) * 2] * scale, y[i >> 1][(i & 1) * 2 + 1] * scale);
 }
 
 // A chunk: the state is given and left divided by `scale`, a power of two of the warp's own.
-DEVICE void walk_chunk(char* shared, Rows& state, float& scale) {
-    u32 v[STEPS][4];
+DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, char* y, i64 stride,
+                       int left) {
+    const int at = 2 * (16 * warp_id() + (lane_id() & 3) * 2);
+    u32 value[STEPS][4];
     float most = largest(state) * scale;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        left_transposed(v[step], shared + V, STEP * step, warp_id());
-        most = fmaxf(most, largest_input(v[step]) * step_scales(shared, step)[1]);
+        if (!VALUES) break;
+        read_values(value[step], v + at + STEP * step * stride, stride, left - STEP * step);
+        most = fmaxf(most, largest_input(value[step]) * step_scales(shared, step)[1]);
     }
     const float next = power_of_two(warp_max(most));
     times(state, scale * inverse_power(next));
@@ -78,20 +130,24 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale) {
     for (int step = 0; step < STEPS; ++step) {
         const float* scales = step_scales(shared, step);
         const float f = scales[1] * inverse_power(scale);
-        u32 half[4];
+        u32 half[4] = {}, out[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            half[i] = pack_half(low_input(v[step][i]) * f, high_input(v[step][i]) * f);
-        times_channels(state, step_to_middle(shared, step));
-        walk_step(shared, step, state, half, scales[0] * scale);
-        times_channels(state, step_to_end(shared, step));
+        for (int i = 0; i < (VALUES ? 4 : 0); ++i)
+            half[i] = pack_half(low_input(value[step][i]) * f, high_input(value[step][i]) * f);
+        if (step == 0)
+            times_channels(state, step_to_middle(shared, 0));
+        else
+            times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
+        walk_step(shared, step, state, half, out, scales[0] * scale);
+        if (OUTPUT) write_values(y + at + STEP * step * stride, out, stride, left - STEP * step);
     }
+    times_channels(state, step_to_end(shared, STEPS - 1));
 }
 
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(128, W_FP32 ? 2 : 3)
+__global__ void __launch_bounds__(128, W_FP32 ? 3 : 4)
 wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
              const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
              const float* __restrict__ initial, char* __restrict__ y, float* __restrict__ final,
@@ -104,6 +160,7 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
     i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
     Rows state = {};
     float scale = 1;
+    if (!VALUES) identity(state);
     if (initial) read_rows(state, initial + (i64)pair * N * N);
     const i64 stride = (i64)H * N;
     for (int done = 0; done < tokens; done += CHUNK, ++chunk) {
@@ -111,27 +168,23 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
         const i64 at = (start + done) * stride + h * N;
         load_tile(shared + W, w + at * (W_FP32 ? 4 : 2), stride * (W_FP32 ? 4 : 2), left,
                   W_FP32 ? 4 : 2);
-        load_tile(shared + R, r + at * 2, stride * 2, left, 2);
         load_tile(shared + A, a + at * 2, stride * 2, left, 2);
-        load_tile(shared + K, k + at * 2, stride * 2, left, 2);
+        if (OUTPUT) load_tile(shared + R, r + at * 2, stride * 2, left, 2);
+        if (VALUES) load_tile(shared + K, k + at * 2, stride * 2, left, 2);
         load_tile(shared + B, b + at * 2, stride * 2, left, 2);
-        load_tile(shared + V, v + at * 2, stride * 2, left, 2);
         if (SAVE) {
             const i64 index = chunk * H + h;
             save_rows(state, states + index * N * N, states_scale + index * N, scale);
         }
         copies_done();
         sync_block();
-        prepare(shared, left);
-        sync_block();
-        walk_chunk(shared, state, scale);
-        sync_block();
-        for (int i = threadIdx.x; i < CHUNK * 8; i += 128) {
-            const int row = i >> 3, piece = i & 7;
-            if (row < left)
-                *(uint4*)(y + (at + row * stride) * 2 + piece * 16) =
-                    *(const uint4*)(shared + V + tile_at(row, piece));
+        if (left < CHUNK) {
+            fill_decays(shared, left);
+            sync_block();
         }
+        prepare(shared);
+        sync_block();
+        walk_chunk(shared, state, scale, v + at * 2, y + at * 2, stride * 2, left);
         sync_block();  // before the tiles are filled again
     }
     write_rows(state, final + (i64)pair * N * N, scale);

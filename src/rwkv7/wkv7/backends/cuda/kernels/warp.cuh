@@ -61,6 +61,13 @@ DEVICE void store_tiles_transposed(void* row, const u32 r[4]) {
 #endif
 }
 
+// A tile [8, 8] of 16-bit numbers in registers, transposed.
+DEVICE u32 transpose_tile(u32 x) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // 16 bytes to shared memory, zeros unless `valid`; done after copies_done.
 DEVICE void copy_16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
@@ -86,12 +93,23 @@ DEVICE float half_value(u16 x) {
 }
 DEVICE float exp2_of(float x) {
     float r;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 DEVICE float inverse_of(float x) {
     float r;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// The larger of each of two numbers; of fp16, or of bf16.
+DEVICE u32 max_pair_half(u32 x, u32 y) {
+    u32 r;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+DEVICE u32 max_pair_bf16(u32 x, u32 y) {
+    u32 r;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
     return r;
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
