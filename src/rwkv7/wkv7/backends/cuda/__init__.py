@@ -52,7 +52,7 @@ class CudaBackend:
         inputs, offsets = _ready(*_inputs(call), call.state), _offsets(call)
         states = _saved_addresses(saved, call) if save else (0, 0)
         arguments = (*_addresses(*inputs), *_addresses(y, final), *states, *_addresses(offsets))
-        _launch(plan.FORWARD, call, save, (*arguments, T, H))
+        _launch(plan.FORWARD, plan.forward_macros(call, save), call, (*arguments, T, H))
         return y, final, saved
 
     def backward(
@@ -72,7 +72,7 @@ class CudaBackend:
             *_saved_addresses(saved, call),
             *_addresses(*grads, dinitial, offsets),
         )
-        _launch(plan.BACKWARD, call, True, (*arguments, T, H))
+        _launch(plan.BACKWARD, plan.backward_macros(call), call, (*arguments, T, H))
         return (*grads, dinitial)
 
     def kernels(self) -> dict[str, str]:
@@ -93,9 +93,11 @@ def _card_refuses(index: int) -> str | None:
     return compiler.why_not(compiler.architecture(capability))
 
 
-def _launch(kernel: plan.Kernel, call: Call, save: bool, arguments: tuple[int, ...]) -> None:
-    device, blocks = call.r.device, call.sequences * call.r.shape[2]
-    launch.launch(kernel, plan.macros(call, save), device, blocks, arguments)
+def _launch(
+    kernel: plan.Kernel, macros: plan.Macros, call: Call, arguments: tuple[int, ...]
+) -> None:
+    blocks = call.sequences * call.r.shape[2]
+    launch.launch(kernel, macros, call.r.device, blocks, arguments)
 
 
 def _inputs(call: Call) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ class Kernel:
         )
 
 
-FORWARD = Kernel("forward", threads=128, shared=(76800, 84992), constant="FORWARD_BYTES")
+FORWARD = Kernel("forward", threads=128, shared=(56384, 64576), constant="FORWARD_BYTES")
 BACKWARD = Kernel("backward", threads=128, shared=(114752, 122944), constant="SHARED_BYTES")
 KERNELS = (FORWARD, BACKWARD)
 # A card must have this much shared memory for a block.
@@ -75,15 +75,14 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def macros(call: Call, save: bool) -> Macros:
-    """How the kernels are compiled for the call; `save`: forward keeps what backward needs."""
-    return (
-        ("INPUT_FP16", int(call.v.dtype == torch.float16)),
-        ("W_FP32", int(call.w.dtype == torch.float32)),
-        ("LOGIT", int(call.decay == "logit")),
-        ("PACKED", int(call.cu_seqlens is not None)),
-        ("SAVE", int(save)),
-    )
+def forward_macros(call: Call, save: bool) -> Macros:
+    """How the forward kernel is compiled for the call; `save`: it keeps what backward needs."""
+    return (*_macros(call), ("SAVE", int(save)), ("OUTPUT", 1), ("VALUES", 1))
+
+
+def backward_macros(call: Call) -> Macros:
+    """How the backward kernel is compiled for the call."""
+    return (*_macros(call), ("GRADIENTS", 1))
 
 
 def chunk_count(call: Call) -> int:
@@ -101,3 +100,12 @@ def saved_words(call: Call) -> int:
     """fp32 words of the states before every chunk: fp16 [n, H, V, K], then a scale a row."""
     _, _, H, K, V = call.sizes
     return chunk_count(call) * H * V * (K // 2 + 1)
+
+
+def _macros(call: Call) -> Macros:
+    return (
+        ("INPUT_FP16", int(call.v.dtype == torch.float16)),
+        ("W_FP32", int(call.w.dtype == torch.float32)),
+        ("LOGIT", int(call.decay == "logit")),
+        ("PACKED", int(call.cu_seqlens is not None)),
+    )
