@@ -37,6 +37,14 @@ def test_tiny_model(capsys):
     assert "the same as one uninterrupted text: True" in printed
 
 
+def test_recall_across_windows(capsys, tmp_path):
+    image = tmp_path / "recall.png"
+    printed = run("recall_across_windows", capsys, steps=2, image=image)
+    assert re.search(r"state carried, exact gradient +\d+\.\d% of the answers", printed)
+    assert re.search(r"chance +12\.5%", printed)
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_a_script_that_says_what_it_shows(path):
     text = path.read_text(encoding="utf-8")

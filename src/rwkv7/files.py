@@ -10,7 +10,9 @@ import errno
 import json
 import os
 import pickle
+import re
 import secrets
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,7 @@ from torch import Tensor
 _LOADING = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, struct.error),
     *(AttributeError, LookupError, TypeError, AssertionError, OverflowError),
+    *(zipfile.BadZipFile, NotImplementedError, SafetensorError),
 )
 
 
@@ -32,22 +35,53 @@ class TensorFile(Mapping[str, Tensor]):
     """An open file of tensors as a mapping that reads each when it is asked for.
 
     Attributes:
+        path: of the file.
         metadata: the texts that a .safetensors file keeps beside its tensors.
     """
 
-    def __init__(
-        self,
-        names: dict[str, str],
-        read: Callable[[str], Tensor],
-        metadata: Mapping[str, str],
-    ) -> None:
-        """`names` maps the names given out to those that `read` takes."""
-        self._names = names
-        self._read = read
-        self.metadata = metadata
+    _names: dict[str, None]
+    _read: Callable[[str], Tensor]
+    metadata: Mapping[str, str]
+
+    def __init__(self, path: Path) -> None:
+        """Opens it; `open_tensors` does this, and says what is wrong with a file."""
+        self.path = path
+        self._identity = _identity(path)
+        self._open()
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; tensors still held elsewhere stay valid.
+
+        Tensors are mapped, so that a file read from end to end would be in memory once as such,
+        beside the copies made of it. ValueError when the file has changed meanwhile.
+        """
+        if not self._mapped:
+            return
+        if _identity(self.path) != self._identity:
+            raise ValueError(f"{self.path}: changed while it was read; read it again")
+        self._open()
+
+    def _open(self) -> None:
+        # The old mapping goes before the new one comes.
+        self.close()
+        self._mapped = True
+        if self.path.suffix == ".safetensors":
+            opened = safe_open(self.path, framework="pt")
+            self._names, self._read = dict.fromkeys(opened.keys()), opened.get_tensor
+            self.metadata = opened.metadata() or {}
+        else:
+            content, self._mapped = _pytorch_tensors(self.path)
+            self._names, self._read = dict.fromkeys(content), content.__getitem__
+
+    def close(self) -> None:
+        """Let go of the file; tensors still held elsewhere stay valid."""
+        empty: dict[str, Tensor] = {}
+        self._names, self._read, self.metadata = {}, empty.__getitem__, {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read(self._names[name])
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -57,12 +91,11 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike[str], prefix: str = "") -> Iterator[TensorFile]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """The tensors of a .safetensors or PyTorch file (.pth) on the CPU; no code in it is run.
 
     Args:
         path: the suffix .safetensors decides; everything else is read as PyTorch's.
-        prefix: taken off names that begin with it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,27 +104,51 @@ def open_tensors(path: str | os.PathLike[str], prefix: str = "") -> Iterator[Ten
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise _unreadable(path, error) from None
-        with opened as file:
-            names = {name.removeprefix(prefix): name for name in file.keys()}  # noqa: SIM118
-            yield TensorFile(names, file.get_tensor, file.metadata() or {})
-        return
+    path.open("rb").close()  # what may not be read is an OSError
     try:
-        # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        file = TensorFile(path)
     except _LOADING as error:
         raise _unreadable(path, error) from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # torch looks in a truncated file for what would lie before its beginning.
+        raise _unreadable(path, error) from None
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _pytorch_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors, and whether they are mapped. No more memory is taken than the file is long."""
+    # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, which PyTorch's own files never are")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
     ):
-        raise ValueError(f"{path}: expected a dictionary of named tensors, found something else")
-    names = {name.removeprefix(prefix): name for name in content}
-    yield TensorFile(names, content.__getitem__, {})
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found = f"one with the keys {', '.join(map(str, list(content)[:4]))}"
+        raise ValueError(f"expected a dictionary of named tensors, found {found}")
+    dense = {name: x for name, x in content.items() if x.layout == torch.strided}
+    for name, x in dense.items():
+        if x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(f"{name} claims {x.nbytes:,} bytes of memory, more than it has")
+    # A tied head shares the embedding's memory; nothing honest shares more than that.
+    if sum(x.nbytes for x in dense.values()) > 2 * path.stat().st_size:
+        raise ValueError("its tensors claim more memory than twice the file's length")
+    return content, mapped
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -127,7 +184,57 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
+
+
+def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary folder beside `path`, then give it that name in one step.
+
+    Whatever fails, nothing is left behind.
+
+    Args:
+        path: where the folder shall be; nothing is there yet, or an empty folder.
+        write: puts files into the folder it is given.
+
+    Raises:
+        FileExistsError: something is there.
+        FileNotFoundError: the folder that it shall be in does not exist.
+        OSError: what the writing met, for instance a full disk; it names `path`.
+    """
+    check_folder(path)
+    final = Path(path).resolve()
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for written in temporary.iterdir():
+            with written.open("rb+") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        if final.is_dir():
+            final.rmdir()  # Windows renames onto no folder, not even an empty one
+        temporary.rename(final)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or _reason(error), str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(final.parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise unless `path` can name a new folder; for asking before the work that fills it.
+
+    Raises:
+        FileExistsError: a file, or a folder with something in it, is there.
+        FileNotFoundError: the folder that it shall be in does not exist.
+    """
+    final = Path(path).resolve()
+    if final.is_file() or (final.is_dir() and any(final.iterdir())):
+        raise FileExistsError(errno.EEXIST, "is there; expected a new or empty folder", str(path))
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
 
 
 def check_destination(path: str | os.PathLike[str]) -> None:
@@ -144,6 +251,17 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder`, a rename for instance, survive a power cut."""
+    # Windows cannot open folders and needs it not.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def json_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that `text` is; ValueError for whatever else it may be."""
     try:
@@ -155,24 +273,17 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return found
 
 
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself survive a power cut; Windows cannot open folders and needs it not.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
     return OSError(f"{path}: could not be written ({_reason(error)}); what was there is whole")
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {found[1]}, which is code and no tensor; nothing was run"
     # torch.load first recommends to run what the file says; what it met comes after that.
-    text = text.partition("WeightsUnpickler error:")[2] or text
+    if text.startswith("Weights only load failed"):
+        text = text.partition("WeightsUnpickler error:")[2]
     return (text.strip() or type(error).__name__).splitlines()[0]
 
 

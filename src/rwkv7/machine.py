@@ -13,6 +13,13 @@ import torch
 # What can change a number or a time here.
 _PACKAGES = ("rwkv7", "torch", "triton", "numpy", "safetensors")
 
+_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 
 def best_device() -> torch.device:
     """CUDA (or ROCm) when there is one, else Apple's MPS, else the CPU."""
@@ -36,6 +43,13 @@ def device_called(name: str | torch.device | None) -> torch.device:
             f"device: {str(name)!r} cannot be used here ({reason}); the best is {best_device()}"
         ) from None
     return device
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype that the command line calls `name`; ValueError for an unknown one."""
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, found {name!r}")
+    return _DTYPES[name]
 
 
 def device_name(device: torch.device) -> str:

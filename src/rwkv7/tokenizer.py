@@ -1,4 +1,4 @@
-"""From text to token ids and back: single bytes (built in) or RWKV's World vocabulary (an extra).
+"""From text to token ids and back: single bytes (built in), RWKV's World vocabulary, or a file's.
 
 A tokenizer here never loses a byte: text that is not UTF-8 goes in and comes out unchanged.
 `StreamDecoder` turns ids that arrive one by one into whole characters. Models and generation know
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +60,7 @@ class ByteTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` are. Raises ValueError for an id outside 0..255."""
         ids = list(ids)
-        _check_ids(ids, self)
+        check_ids(ids, self)
         return bytes(ids)
 
 
@@ -90,18 +90,17 @@ class WorldTokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of `text`, longest match first within every run of valid UTF-8."""
         ids: list[int] = []
-        runs = _ESCAPED.split(_as_bytes(text).decode("utf-8", "surrogateescape"))
-        for number, run in enumerate(runs):
-            if number % 2:  # a run of stray bytes; byte x is token x + 1
-                ids.extend(byte + 1 for byte in run.encode("utf-8", "surrogateescape"))
-            elif run:
+        for run in runs_of_text(text):
+            if isinstance(run, str):
                 ids.extend(self._encoder.encode(run))
+            else:
+                ids.extend(byte + 1 for byte in run)  # byte x is token x + 1
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises ValueError for an id outside 0..65535."""
         ids = list(ids)
-        _check_ids(ids, self)
+        check_ids(ids, self)
         return b"".join(self._table[i] for i in ids)
 
     @cached_property
@@ -124,14 +123,24 @@ _TOKENIZERS: dict[str, type[ByteTokenizer] | type[WorldTokenizer]] = {
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "byte" or "world".
+    """The tokenizer called `name`: "byte", "world", or the path of a file that `tokenizers` reads.
 
-    Raises ValueError for another name, or where the package it needs is not installed.
+    A path is one that exists: a tokenizer.json, or a folder with one in it.
+
+    Raises ValueError for another name, for a file that cannot be read, or where the package that it
+    needs is not installed.
     """
-    if name not in _TOKENIZERS:
-        known = ", ".join(f'"{known}"' for known in _TOKENIZERS)
-        raise ValueError(f"tokenizer: expected one of {known}, found {name!r}")
-    return _TOKENIZERS[name]()
+    if name in _TOKENIZERS:
+        return _TOKENIZERS[name]()
+    path = Path(name)
+    if path.is_file() or (path / "tokenizer.json").is_file():
+        from .tokenizer_file import FileTokenizer
+
+        return FileTokenizer(name)
+    known = ", ".join(f'"{known}"' for known in _TOKENIZERS)
+    raise ValueError(
+        f"tokenizer: expected one of {known}, or the path of a tokenizer.json, found {name!r}"
+    )
 
 
 class StreamDecoder:
@@ -167,7 +176,16 @@ def _as_bytes(text: str | bytes) -> bytes:
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else bytes(text)
 
 
-def _check_ids(ids: list[int], tokenizer: Tokenizer) -> None:
+def runs_of_text(text: str | bytes) -> Iterator[str | bytes]:
+    """The text in runs: str where it is UTF-8, bytes where it is not; none of them empty."""
+    runs = _ESCAPED.split(_as_bytes(text).decode("utf-8", "surrogateescape"))
+    for number, run in enumerate(runs):
+        if run:
+            yield run.encode("utf-8", "surrogateescape") if number % 2 else run
+
+
+def check_ids(ids: list[int], tokenizer: Tokenizer) -> None:
+    """Raise ValueError for an id that is not in the tokenizer's vocabulary."""
     wrong = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
     if wrong:
         raise ValueError(

@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
-from rwkv7.benchmark import BASELINE, measure
+from rwkv7.benchmark import BASELINE, clock
 from rwkv7.benchmark.table import BEGIN, END
 from rwkv7.cli import main
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(measure, "_BUDGET", 0.0)
+    monkeypatch.setattr(clock, "_BUDGET", 0.0)
     monkeypatch.setenv("COLUMNS", "120")
 
 
@@ -43,6 +43,23 @@ def test_results_and_then_their_table(tmp_path, capsys):
     assert len(list(out.iterdir())) == 1
 
 
+def test_all_works_and_a_profile_in_one_file_that_is_whole_after_each_part(
+    tmp_path, capsys, monkeypatch
+):
+    kept = []
+
+    def keep(run, path):
+        kept.append(sum(len(case["results"]) for case in run["cases"]))
+
+    monkeypatch.setattr("rwkv7.cli.bench._keep", keep)
+    works = ("--work", "operator,repeated-key,decoding", "--shape", "2x1x1x8", "--profile")
+    assert run(*works, "--backend", "torch", "--device", "cpu", "--out", tmp_path) == 0
+    assert kept == [1, 2, 3]
+    shown, progress = capsys.readouterr()
+    assert "rwkv7::wkv7" in shown
+    assert "decoding 2x1x1x8: wkv7_step_" in progress
+
+
 def test_threads_are_set_and_kept(tmp_path):
     before = torch.get_num_threads()
     try:
@@ -60,6 +77,13 @@ def test_threads_are_set_and_kept(tmp_path):
         (("--shape", "1x2x3"), "error: shape: expected BxTxHxN"),
         (("--dtype", "int8"), "error: --dtype: expected one of fp64"),
         (("--device", "abacus"), "error: device: 'abacus' cannot be used"),
+        (("--work", "play"), "error: --work: expected one or more of operator, repeated-key"),
+        (("--work", "decoding", "--shape", "1x2x3x4"), "error: --shape: expected T = 1"),
+        (("--backend", "abacus"), "error: backend: expected one of torch"),
+        (
+            ("--against", "rwkv"),
+            "error: --against: expected one of fla, fla:16, fla:32, fla:64, found 'rwkv'",
+        ),
         (("--table", "README.md", "--out", "/nowhere"), "error: --out: no results in /nowhere"),
     ],
 )

@@ -12,7 +12,7 @@ from rwkv7.generate import Session
 from rwkv7.weights import save_model
 
 LENGTH = 22
-SAMPLED = ("--temperature", "0.8", "--top-k", "30", "--top-p", "0.99", "--seed", "4")
+SAMPLED = ("--temperature", "0.8", "--top-k", "30", "--top-p", "0.99", "--seed", "2")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,26 @@ def test_settings_of_a_session_can_be_replaced(rwkv7, checkpoint, tmp_path):
     assert again == text(rwkv7, checkpoint, "--prompt", "\n", *SAMPLED[:-1], 5, "--tokens", 12)
 
 
+def test_penalties_of_a_session_go_on(rwkv7, checkpoint, tmp_path):
+    options = ("--prompt", "a", "--temperature", 0, "--presence", 2, "--frequency", 1.5)
+    options += ("--decay", 0.9, "--min-p", 0.01, "--order", "hf")
+    whole = text(rwkv7, checkpoint, *options, "--tokens", LENGTH)
+    assert whole != text(rwkv7, checkpoint, *options[:4], "--tokens", LENGTH)
+    out = ("--tokens", 9, "--state-out", tmp_path / "s")
+    first = text(rwkv7, checkpoint, *options, *out)
+    rest = ("--state-in", tmp_path / "s", "--tokens", LENGTH - 9)
+    assert first + text(rwkv7, checkpoint, *rest) == whole
+
+
+def test_blanks_and_digits_are_not_counted_in_rwkvs_order(rwkv7, checkpoint, tmp_path):
+    options = ("--presence", 1, "--tokens", 0, "--state-out", tmp_path / "s")
+    text(rwkv7, checkpoint, *options)
+    exempt = Session.load(tmp_path / "s", talking_model()).sampler.exempt
+    assert exempt == set(b" \t0123456789")
+    text(rwkv7, checkpoint, *options, "--order", "hf")
+    assert not Session.load(tmp_path / "s", talking_model()).sampler.exempt
+
+
 def test_without_a_prompt_it_starts_on_a_new_line(rwkv7, checkpoint):
     out = text(rwkv7, checkpoint, "--temperature", 0, "--tokens", 12)
     assert out == "aé€𝄞b\n"
@@ -128,6 +148,7 @@ def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_pat
     [
         (("--temperature", "-1"), "temperature: expected"),
         (("--top-p", "2"), "top_p: expected"),
+        (("--order", "mine"), 'order: expected "rwkv" or "hf"'),
         (("--state-out", "/nowhere/at/all/s"), "/nowhere/at/all/s: its folder"),
         (("--state-out", "/"), "/: is a folder"),
         (("--state-in", "/nowhere/s"), "/nowhere/s: No such file"),

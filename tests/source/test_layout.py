@@ -14,9 +14,9 @@ MODULES = modules()
 OPERATOR = "rwkv7.wkv7"
 BACKENDS = "rwkv7.wkv7.backends"
 FILES = "rwkv7.files"  # what is written whole or not at all, for everybody
-TEXT = ("rwkv7.tokenizer", "rwkv7.demo_text", "rwkv7.baselines")
+TEXT = ("rwkv7.tokenizer", "rwkv7.tokenizer_file", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
-TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate")
+TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.chat")
 
 EDGES = [
     (name, target)
@@ -77,6 +77,7 @@ def test_nothing_below_reaches_up():
 
 def test_the_model_and_generation_know_ids_not_text():
     numbers_only = ("rwkv7.nn", "rwkv7.state", "rwkv7.generate", "rwkv7.sampling")
+    numbers_only += ("rwkv7.evaluation",)
     wrong = [edge for edge in edges_from(*numbers_only) if inside(edge[1], *TEXT)]
     assert not wrong
 

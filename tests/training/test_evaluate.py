@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional
 
 from rwkv7.config import ModelConfig
+from rwkv7.evaluation import carried_bits
 from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import get_tokenizer
-from rwkv7.training.evaluate import carried_bits, dropped_bits, evaluate
+from rwkv7.training.evaluate import dropped_bits, evaluate
 
 BYTE = get_tokenizer("byte")
 

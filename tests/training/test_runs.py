@@ -23,8 +23,10 @@ from rwkv7.training import (
     resume_training,
     train_model,
 )
+from rwkv7.training.batch import Batch
 from rwkv7.training.log import StepRecord, read_log
 from rwkv7.training.report import Report
+from rwkv7.training.sources import Windows
 
 CPU = "cpu"
 
@@ -202,13 +204,13 @@ def test_a_second_process_is_refused(tmp_path: Path, text: Path, settings: Train
 def test_nan_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, text: Path, settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.next_token_loss, []
+    real, calls = loop.batch_gradients, []
 
-    def poisoned(*given: object) -> torch.Tensor:
+    def poisoned(*given: object, **options: object) -> torch.Tensor:
         calls.append(given)
-        return real(*given) * (math.nan if len(calls) == 6 else 1)
+        return real(*given, **options) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(loop, "next_token_loss", poisoned)
+    monkeypatch.setattr(loop, "batch_gradients", poisoned)
     settings = dataclasses.replace(settings, save_every=2)
     with pytest.raises(TrainingDivergedError, match=r"at step 6: the loss is nan.* of step 4"):
         train_model(settings, [text], tmp_path / "run", device=CPU)
@@ -247,14 +249,14 @@ def test_held_out_text_is_never_trained_on(
     path = tmp_path / "text.txt"
     path.write_bytes(b"a" * 300 + b"Z" * 200)
     seen = set()
-    real = loop.Windows.batch
+    real = Windows.batch
 
-    def spy(self: loop.Windows, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(self: Windows, step: int) -> Batch:
         batch = real(self, step)
-        seen.update(np.unique(torch.cat(batch).numpy()).tolist())
+        seen.update(np.unique(torch.cat((batch.inputs, batch.targets)).numpy()).tolist())
         return batch
 
-    monkeypatch.setattr(loop.Windows, "batch", spy)
+    monkeypatch.setattr(Windows, "batch", spy)
     train_model(dataclasses.replace(settings, steps=30), [path], tmp_path / "run", device=CPU)
     assert seen == {ord("a")}
 

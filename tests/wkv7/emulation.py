@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv7.wkv7.backends import cuda
 from rwkv7.wkv7.backends.cuda import CudaBackend, compiler, launch, plan
 
 DRIVER = Path(__file__).with_name("emulated") / "kernel.cpp"
@@ -102,6 +103,7 @@ def emulate(patch: pytest.MonkeyPatch, emulator: Emulator) -> Guard:
     guard = Guard()
     patch.setattr(launch, "launch", emulator.launch)
     patch.setattr(CudaBackend, "refuses", lambda self, call: plan.refuses(call))
+    patch.setattr(cuda, "_multiprocessors", lambda device: 0)  # too few to cut a sequence for
     for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
         patch.setattr(owner, name, guard.around(getattr(owner, name)))
     return guard

@@ -1,15 +1,24 @@
-"""Times, memory and errors of the operator's backends side by side: what `rwkv7 bench` shows."""
+"""Times, memory and errors of the operator, side by side: what `rwkv7 bench` shows."""
 
-from .measure import BASELINE, Measurement, Result, Shape, default_shapes, measurements
+from .measure import WORKS, Measurement, Result, default_shapes, measurements
+from .sample import Shape
+from .subjects import BASELINE, FLA_CHUNKS, Subject, backend, fla, step, token_loop
 from .table import results_in, update_tables
 
 __all__ = [
     "BASELINE",
+    "FLA_CHUNKS",
+    "WORKS",
     "Measurement",
     "Result",
     "Shape",
+    "Subject",
+    "backend",
     "default_shapes",
+    "fla",
     "measurements",
     "results_in",
+    "step",
+    "token_loop",
     "update_tables",
 ]

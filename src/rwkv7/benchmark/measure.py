@@ -1,72 +1,46 @@
-"""How one backend does on one shape: seconds, peak memory, and the errors beside them.
+"""The measurements: which subjects on which sample, and what is kept of each.
 
-Which numbers count as right is `wkv7.tolerance`'s affair; showing them is that of `table`.
+The clock is in `clock`, the errors are a Judge's (`sample`); `table` shows the figures.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import re
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rwkv7.verification.problem import Operator, Problem, Sizes
-from rwkv7.wkv7 import explain, wkv7
-from rwkv7.wkv7.contract import log_decay
-from rwkv7.wkv7.registry import backend_names
-from rwkv7.wkv7.tolerance import compare
+from . import clock
+from .sample import Judge, Sample, Shape
+from .subjects import Prepared, Subject
 
-BASELINE = "token loop"
-_BUDGET = 3.0  # seconds for the runs of one measurement, after which no other is begun
-_RUNS = range(3, 21)  # how many runs at least and at most
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """B sequences of T tokens, H heads of N key and N value channels."""
-
-    B: int
-    T: int
-    H: int
-    N: int
-
-    @staticmethod
-    def parse(text: str) -> Shape:
-        """The shape that "2x1024x4x64" names; ValueError for anything else."""
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-            raise ValueError(f"shape: expected BxTxHxN such as 2x1024x4x64, found {text!r}")
-        return Shape(*map(int, text.split("x")))
-
-    def __str__(self) -> str:
-        return f"{self.B}x{self.T}x{self.H}x{self.N}"
+WORKS = ("operator", "repeated key", "decoding")
+_APART = 2**28  # bytes of state between two visits of one pool: more than a card's cache holds
+_MOST_POOLS = 64
 
 
 @dataclass(slots=True)
 class Result:
-    """The figures of one subject; None where it could not be measured (`note` says why)."""
+    """The figures of one subject; None where it could not be measured (`note` says why).
+
+    In decoding, `forward_s` is one step and `training_s` is None.
+    """
 
     subject: str
+    peer: bool = False
     route: str = ""
+    first_call_s: float | None = None  # wall clock, forward and backward, compiling included
     forward_s: float | None = None  # no gradient wanted
     training_s: float | None = None  # forward and backward, for y and the final state
-    forward_mib: float | None = None  # peak memory beyond the inputs
+    forward_mib: float | None = None  # peak memory beyond the inputs and incoming gradients
     training_mib: float | None = None
+    copy_share: float | None = None  # of the speed at which the device copies, in decoding
     errors: dict[str, float] = field(default_factory=dict)
     ok: bool | None = None  # every error within its bound
     note: str = ""
-
-
-def default_shapes(device: torch.device) -> list[Shape]:
-    """What is timed when nothing is asked for: the headline shape of the device first."""
-    if device.type == "cuda":
-        return [Shape(8, 1024, 12, 64), Shape(1, 4096, 32, 64)]
-    return [Shape(2, 1024, 4, 64)]
+    kernels: list[dict[str, float | str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,149 +51,139 @@ class Measurement:
     run: Callable[[], Result] = field(repr=False)
 
 
-def measurements(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Measurement]:
-    """The baseline and every backend, to be measured one after the other.
+def default_shapes(work: str, device: torch.device, against: bool = False) -> list[Shape]:
+    """What is measured when nothing is asked for; `against` other projects' kernels, or alone."""
+    gpu = device.type == "cuda"
+    if work == "repeated key":
+        return [Shape(2, 256, 4, 64)]
+    if work == "decoding":
+        # The largest first: a peer that tunes itself on its first call does so where it counts.
+        return [Shape(B, 1, 64, 64) for B in ((1024, 256, 64, 16, 1) if gpu else (16, 1))]
+    if not gpu:
+        return [Shape(2, 1024, 4, 64)]
+    if not against:
+        return [Shape(8, 1024, 12, 64), Shape(1, 4096, 32, 64)]
+    # Many heads, few, one sequence, a long one; N = 128; packed; a T that no chunk divides.
+    texts = "8x4096x64x64 8x4096x12x64 1x8192x32x64 1x65536x32x64 8x4096x32x128"
+    return [Shape.parse(text) for text in f"{texts} 1x32768x64x64/16 8x4095x64x64".split()]
 
-    The baseline is a tight token loop: two einsums a token, autograd, in float32 (float64 for
-    float64 inputs). A backend that refuses, and one that runs out of memory, come with a note.
+
+def measurements(
+    work: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    subjects: Sequence[Subject],
+    *,
+    profile: bool = False,
+) -> list[Measurement]:
+    """What there is to measure for one of WORKS, one subject after the other.
+
+    A subject that refuses, fails or runs out of memory comes with a note. `profile` adds the
+    kernels of a forward and backward (in decoding: of a step).
     """
-    sample = Sample(Problem(Sizes(shape.B, shape.T, shape.H, shape.N, shape.N), dtype))
-    baseline = Result(BASELINE, "two einsums a token")
-    plan = [Measurement(BASELINE, lambda: _measured(baseline, _token_loop, sample, device))]
-    for name in backend_names():
-        plan.append(Measurement(name, functools.partial(_backend, name, sample, device)))
-    return plan
+    if work == "decoding":
+        if shape.T != 1 or shape.S:
+            raise ValueError(f"shape: expected T = 1 for decoding, found {shape}")
+        subjects = [subject for subject in subjects if subject.steps is not None]
+
+    @functools.cache
+    def sample() -> tuple[Sample, Judge]:
+        made = Sample(shape, dtype, device, repeated_key=work == "repeated key")
+        return made, Judge(made.beginning())
+
+    measured = {"operator": _timed, "repeated key": _judged, "decoding": _stepped}[work]
+    return [
+        Measurement(subject.name, functools.partial(_kept, subject, sample, measured, profile))
+        for subject in subjects
+    ]
 
 
-def _backend(name: str, sample: Sample, device: torch.device) -> Result:
-    explanation = explain(*(x.to(device) for x in sample.problem.inputs), backend=name)
-    if explanation.backend is None:
-        return Result(name, note=explanation.refusals[name])
-    operator = functools.partial(wkv7, backend=name)
-    return _measured(Result(name, explanation.route or ""), operator, sample, device)
-
-
-class Sample:
-    """A problem whose right results are known for its first sequence and two heads.
-
-    Heads and sequences do not feel each other, so that this judges the whole call, while a loop
-    in float64 over all of it would take minutes and more memory than there is.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        sizes = problem.sizes
-        self._part = Problem(Sizes(1, sizes.T, min(2, sizes.H), sizes.K, sizes.V), problem.dtype)
-        self._part.inputs = [x[:1, :, :2] for x in problem.inputs]
-        self._part.dy = problem.dy[:1, :, :2]
-        self._part.dfinal = problem.dfinal[:1, :2]
-        self._part.random = problem.random[:1, :2]
-
-    def errors(self, found: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
-        """The errors by name, and whether all are within their bounds."""
-        part = {
-            name: x[:1, :2] if name in ("state", "dstate") else x[:1, :, :2]
-            for name, x in found.items()
-        }
-        measures = compare(part, self._part.reference("random"), self.problem.dtype)
-        errors = {name: measure.error for name, measure in measures.items()}
-        return errors, all(measure.ok for measure in measures.values())
-
-
-def _measured(result: Result, operator: Operator, sample: Sample, device: torch.device) -> Result:
-    problem = sample.problem.to(device)
-
-    def forward() -> dict[str, Tensor]:
-        with torch.no_grad():
-            return problem.run(operator, "random", device, gradients=False)
-
-    def training() -> dict[str, Tensor]:
-        return problem.run(operator, "random", device)
-
+def _kept(
+    subject: Subject,
+    sample: Callable[[], tuple[Sample, Judge]],
+    measured: Callable[[Result, Subject, Sample, Judge, bool], None],
+    profile: bool,
+) -> Result:
+    """What `measured` filled in before it ended, however it ended."""
+    result = Result(subject.name, subject.peer)
+    inputs, judge = sample()
+    reason = subject.refuses(inputs)
+    if reason is not None:
+        result.note = reason
+        return result
+    result.route = subject.route(inputs)
     try:
-        result.errors, result.ok = sample.errors(training())
-        result.forward_s = seconds(forward, device)
-        result.training_s = seconds(training, device)
-        result.forward_mib = peak_mib(forward, device)
-        result.training_mib = peak_mib(training, device)
+        measured(result, subject, inputs, judge, profile)
     except torch.OutOfMemoryError:
         result.note = "out of memory"
+    except Exception as error:  # one that fails has failed; the others are still wanted
+        result.note = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        result.ok = False
+    if inputs.device.type == "cuda":
+        torch.cuda.empty_cache()  # the next one starts from the same
     return result
 
 
-def _token_loop(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    dtype, S = state.dtype, state
-    d = log_decay(w, "logit", dtype).exp()
-    r, k, wide_v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
-    ys = []
-    for t in range(r.shape[1]):
-        Sa = torch.einsum("bhvk,bhk->bhv", S, a[:, t])
-        S = S * d[:, t, :, None, :] + Sa[..., None] * b[:, t, :, None, :]
-        S = S + wide_v[:, t, :, :, None] * k[:, t, :, None, :]
-        ys.append(torch.einsum("bhvk,bhk->bhv", S, r[:, t]))
-    return torch.stack(ys, 1).to(v.dtype), S
+def _timed(result: Result, subject: Subject, sample: Sample, judge: Judge, profile: bool) -> None:
+    prepared, device = subject.prepare(sample), sample.device
+    result.first_call_s = clock.first_call(prepared.training, device)
+    beginning = sample.beginning()
+    judged = prepared if beginning is sample else subject.prepare(beginning)
+    result.errors, result.ok = judge.errors(judged.training(), subject.form)
+    del judged, beginning
+    result.forward_s = clock.seconds(prepared.forward, device)
+    result.training_s = clock.seconds(prepared.training, device)
+    result.forward_mib = clock.peak_mib(prepared.forward, device)
+    result.training_mib = clock.peak_mib(prepared.training, device)
+    if profile:
+        result.kernels = clock.kernels(prepared.training, device)
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """The median time of several runs, after one that is not counted."""
-    _timed(function, device)
-    times: list[float] = []
-    while len(times) < _RUNS.start or (len(times) < _RUNS.stop - 1 and sum(times) < _BUDGET):
-        times.append(_timed(function, device))
-    return statistics.median(times)
+def _judged(result: Result, subject: Subject, sample: Sample, judge: Judge, profile: bool) -> None:
+    prepared: Prepared = subject.prepare(sample.beginning())
+    result.errors, result.ok = judge.errors(prepared.training(), subject.form)
 
 
-def _timed(function: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    function()
-    _wait(device)
-    return time.perf_counter() - start
+def _stepped(result: Result, subject: Subject, sample: Sample, judge: Judge, profile: bool) -> None:
+    """One step for all sequences, in a pool that has left the cache since its last one.
+
+    So it is in a model, where every layer has a pool of its own. On a GPU all pools' steps are one
+    CUDA graph, as decoding at full speed needs it, and the share is that of the kernels alone.
+    """
+    assert subject.steps is not None
+    device, state = sample.device, sample.state
+    once = subject.steps(sample, [state.clone()])
+    found: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        result.first_call_s = clock.first_call(lambda: found.append(once()), device)
+        y, final = found.pop()
+        result.errors, result.ok = judge.errors({"y": y, "state": final}, subject.form)
+        size = state.numel() * state.element_size()
+        count = max(1, min(_MOST_POOLS, _APART // size))
+        run = subject.steps(sample, [state.clone() for _ in range(count)])
+        result.forward_s = clock.seconds(_graphed(run, device), device) / count
+        token = sum(x.numel() * x.element_size() for x in (*sample.inputs, sample.dy))
+        result.copy_share = (2 * size + token) / result.forward_s / _copy_speed(device)
+        if profile:
+            result.kernels = clock.kernels(once, device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def _graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    if device.type != "cuda":
+        return run
+    run()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
-def peak_mib(function: Callable[[], object], device: torch.device) -> float | None:
-    """The most memory in use at once during one run beyond what was before, in MiB, if known."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return _cpu_peak_mib(function) if device.type == "cpu" else None
-
-
-def _cpu_peak_mib(function: Callable[[], object]) -> float | None:
-    # torch keeps no peak for the CPU; its profiler sees every allocation. The list of them is not
-    # a settled interface, and without it there is no figure.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr of every start and stop
-    try:
-        from torch._C._profiler import _EventType
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            kept = function()
-        del kept
-        assert profiler.profiler is not None
-        waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
-        changes = []
-        while waiting:
-            event = waiting.pop()
-            waiting += event.children
-            if event.typed[0] == _EventType.Allocation:
-                changes.append((event.start_time_ns, event.typed[1].alloc_size))
-    except (ImportError, AttributeError):
-        return None
-    live = peak = 0
-    for _, size in sorted(changes):
-        live += size
-        peak = max(peak, live)
-    return peak / 2**20
+@functools.cache
+def _copy_speed(device: torch.device) -> float:
+    """Bytes read and written a second when the device copies a large tensor."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    return moved / clock.seconds(lambda: target.copy_(source), device)

@@ -3,101 +3,164 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rwkv7.files import write_atomically
+from rwkv7.wkv7.tolerance import RESULTS
 
-from .measure import BASELINE
+from .subjects import BASELINE
 
 BEGIN = "<!-- rwkv7 bench: begin; made from the results, do not edit -->"
 END = "<!-- rwkv7 bench: end -->"
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+# What the cases of one table have in common.
+_SHARED = ("device", "threads", "work", "dtype")
+
+Case = dict[str, Any]
 
 
-def results_in(folder: Path) -> list[dict[str, Any]]:
-    """The newest result for each device, number of threads, shape and dtype in the JSON files.
+def results_in(folder: Path) -> list[Case]:
+    """The newest result for each device, number of threads, work, dtype and shape in the files.
 
     ValueError names a file that holds no results.
     """
-    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    newest: dict[tuple[Any, ...], Case] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
             case = {name: run[name] for name in ("date", "device", "threads", "cases")}
+            for found in case.pop("cases"):
+                whole = {**case, **found}
+                key = tuple(whole[name] for name in (*_SHARED, "shape"))
+                if key not in newest or newest[key]["date"] <= whole["date"]:
+                    newest[key] = whole
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file of `rwkv7 bench` ({error!r})") from None
-        for found in case.pop("cases"):
-            key = (run["device"], run["threads"], found["shape"], found["dtype"])
-            if key not in newest or newest[key]["date"] <= case["date"]:
-                newest[key] = {**case, **found}
     return list(newest.values())
 
 
-def update_tables(document: Path, cases: Sequence[dict[str, Any]]) -> None:
-    """Replace what stands between the markers in `document` by a table for each case.
+def update_tables(document: Path, cases: Sequence[Case]) -> int:
+    """Replace what stands between the markers in `document` by tables; how many there are.
 
-    ValueError where the markers are missing.
+    Cases of the same device, number of threads, work and dtype share a table. ValueError where the
+    markers are missing.
     """
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{document}: expected the lines {BEGIN} and {END} around the table")
-    tables = "\n\n".join(_markdown(case) for case in cases)
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case[name] for name in _SHARED), []).append(case)
+    tables = "\n\n".join(_markdown(group) for group in groups.values())
     changed = f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
     write_atomically(document, lambda file: _write_text(file, changed))
+    return len(groups)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def columns() -> list[str]:
+def columns(work: str) -> list[str]:
     """The headings that go with `row`."""
-    return ["", "forward", "training", "memory", "memory", "speed", "error y", "worst gradient"]
+    return ["", *_COLUMNS[work]]
 
 
-def row(result: dict[str, Any], cases: Sequence[dict[str, Any]]) -> list[str]:
-    """One result as texts; its speed is that of the token loop among `cases`, for training."""
-    loop = next((r for r in cases if r["subject"] == BASELINE), {}).get("training_s")
-    own = result["training_s"]
-    errors = result["errors"]
-    gradients = {name: error for name, error in errors.items() if name.startswith("d")}
-    worst = max(gradients, key=lambda name: gradients[name], default=None)
-    return [
-        result["subject"],
-        _milliseconds(result["forward_s"]),
-        _milliseconds(own),
-        _memory(result["forward_mib"]),
-        _memory(result["training_mib"]),
-        f"{loop / own:.1f}x" if loop and own else "",
-        f"{errors['y']:.1e}" if "y" in errors else result["note"],
-        f"{gradients[worst]:.1e} ({worst})" if worst else "",
-    ]
+def row(result: Case, case: Case) -> list[str]:
+    """One result of `case` as texts, empty for what was not measured."""
+    shown = [text(result, case["results"]) for text in _COLUMNS[case["work"]].values()]
+    return [result["subject"], *shown]
 
 
-def _markdown(case: dict[str, Any]) -> str:
-    shape = case["shape"].split("x")
-    sizes = ", ".join(f"{name} {size}" for name, size in zip("BTHN", shape, strict=True))
-    threads = f", {case['threads']} threads" if case["device_type"] == "cpu" else ""
+def yardstick(results: Sequence[Case]) -> Case | None:
+    """Whom the speeds are against: the fastest of the peers, without any the token loop."""
+    timed = [r for r in results if r["forward_s"]]
+    peers = [r for r in timed if r["peer"]]
+    loops = [r for r in timed if r["subject"] == BASELINE]
+    return min(peers or loops, key=lambda r: r["training_s"] or r["forward_s"], default=None)
+
+
+def _markdown(cases: Sequence[Case]) -> str:
+    first = cases[0]
+    threads = f", {first['threads']} threads" if first["device_type"] == "cpu" else ""
+    dates = sorted({case["date"][:10] for case in cases})
     lines = [
-        f"{sizes}, {_SHORT[case['dtype']]}; {case['device']}{threads}, torch {case['torch']}, "
-        f"{case['date'][:10]}. Speed: training against the token loop.",
+        f"**{first['work'].capitalize()}**, {_SHORT[first['dtype']]}; {first['device']}{threads}, "
+        f"torch {first['torch']}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
         "",
-        "| backend | forward | forward + backward | peak memory, forward | peak memory, both "
-        "| speed | error of y | worst gradient |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    measured = [r for r in case["results"] if r["forward_s"] is not None]
-    lines += [f"| {' | '.join(row(result, case['results']))} |" for result in measured]
+    names = ["B x T x H x N", *columns(first["work"])]
+    lines.append(f"| {' | '.join(names)} |")
+    lines.append(f"|---|---|{'--:|' * (len(names) - 2)}")
+    for case in cases:
+        shape = case["shape"].replace("/", ", packed: ")
+        for result in case["results"]:
+            if result["errors"] or result["forward_s"]:
+                lines.append(f"| {shape} | {' | '.join(row(result, case))} |")
     return "\n".join(lines)
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1000 * seconds:.3g} ms"
+def _time(name: str) -> Callable[[Case, Sequence[Case]], str]:
+    return lambda result, _: _seconds(result[name])
 
 
-def _memory(mib: float | None) -> str:
-    return "" if mib is None else f"{mib:.3g} MiB"
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _memory(name: str) -> Callable[[Case, Sequence[Case]], str]:
+    return lambda result, _: "" if result[name] is None else f"{result[name]:.4g} MiB"
+
+
+def _speed(name: str) -> Callable[[Case, Sequence[Case]], str]:
+    def text(result: Case, results: Sequence[Case]) -> str:
+        other = yardstick(results)
+        if other is None or not result[name] or not other[name]:
+            return ""
+        return f"{other[name] / result[name]:.2f}x"
+
+    return text
+
+
+def _error(name: str) -> Callable[[Case, Sequence[Case]], str]:
+    return lambda result, _: f"{result['errors'][name]:.1e}" if name in result["errors"] else ""
+
+
+def _worst_gradient(result: Case, _: Sequence[Case]) -> str:
+    gradients = {name: x for name, x in result["errors"].items() if name.startswith("d")}
+    worst = max(gradients, key=lambda name: gradients[name], default=None)
+    return f"{gradients[worst]:.1e} ({worst})" if worst else ""
+
+
+def _share(result: Case, _: Sequence[Case]) -> str:
+    return "" if result["copy_share"] is None else f"{result['copy_share']:.0%}"
+
+
+_COLUMNS: dict[str, dict[str, Callable[[Case, Sequence[Case]], str]]] = {
+    "operator": {
+        "forward": _time("forward_s"),
+        "speed": _speed("forward_s"),
+        "forward + backward": _time("training_s"),
+        "speed, both": _speed("training_s"),
+        "peak memory": _memory("training_mib"),
+        "first call": _time("first_call_s"),
+        "error of y": _error("y"),
+        "state": _error("state"),
+        "worst gradient": _worst_gradient,
+    },
+    "repeated key": {name: _error(name) for name in RESULTS},
+    "decoding": {
+        "a step": _time("forward_s"),
+        "speed": _speed("forward_s"),
+        "of copy speed": _share,
+        "first call": _time("first_call_s"),
+        "error of y": _error("y"),
+        "state": _error("state"),
+    },
+}

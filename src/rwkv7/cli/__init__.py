@@ -1,6 +1,7 @@
 """The command `rwkv7`: which verbs there are, and how mistakes end.
 
-A verb is one file here, holding one function of its name; it is imported when it is asked for.
+A verb is one file here, holding one function of its name (or, for a verb of several, a dictionary
+of them); it is imported when it is asked for.
 What a verb does is the library's affair: these files read arguments and show results.
 """
 
@@ -18,14 +19,19 @@ from typing import Annotated, Any
 import torch
 import typer
 
-__all__ = ["main"]
+__all__ = ["main", "printable"]
 
 # Each verb's file and function bear its name; a verb whose file is missing is not listed.
 _VERBS = {
     "demo": "The whole story in minutes: verify, train, generate, save, go on.",
     "verify": "Check every backend here against the recurrence in float64.",
+    "data": "Tokenize text into a corpus, or look into one.",
     "train": "Train a model on text.",
     "generate": "Continue a text with a trained model.",
+    "chat": "Talk with a trained model.",
+    "eval": "Measure a model on texts and tests in files.",
+    "convert": "Write a checkpoint in another format, bit for bit.",
+    "inspect": "Say what a checkpoint, a state or another file is.",
     "bench": "Time the operator's backends side by side.",
     "doctor": "Say what this machine can run.",
 }
@@ -43,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _app(given)(args=given, prog_name="rwkv7")
+
+
+def printable(text: str) -> str:
+    """`text` without what could move a terminal's cursor: files name their tensors as they like."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _app(arguments: Sequence[str]) -> typer.Typer:
@@ -71,8 +82,13 @@ def _app(arguments: Sequence[str]) -> typer.Typer:
 
     for verb, line in _VERBS.items():
         if verb == wanted and _exists(verb):
-            function = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
-            app.command(verb)(_ending_well(function, lambda: developer))
+            found = getattr(importlib.import_module(f"{__name__}.{verb}"), verb)
+            functions, inside = {verb: found}, app
+            if isinstance(found, dict):
+                functions, inside = found, typer.Typer(no_args_is_help=True)
+                app.add_typer(inside, name=verb, help=line)
+            for name, function in functions.items():
+                inside.command(name)(_ending_well(function, lambda: developer))
         elif _exists(verb):
             app.command(verb, help=line)(_unused)
     return app
@@ -118,4 +134,4 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__

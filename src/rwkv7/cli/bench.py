@@ -1,4 +1,4 @@
-"""`rwkv7 bench`: time the operator's backends, keep the results, make tables of them."""
+"""`rwkv7 bench`: measure the operator, keep the results, make tables of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import dataclasses
 import datetime
 import json
 import re
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,15 +19,23 @@ from rich.table import Table
 if TYPE_CHECKING:
     import torch
 
-    from rwkv7.benchmark import Shape
+    from rwkv7.benchmark import Shape, Subject
 
-_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_PROFILED = 12  # kernels shown of a profile; all are kept
+
+_WIDTH = 150
+
+# A work and one shape of it.
+Plan = list[tuple[str, "Shape"]]
 
 
 def bench(
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="BxTxHxN", help="Sizes, such as 2x1024x4x64; may be repeated."),
+        typer.Option(
+            metavar="BxTxHxN",
+            help="Such as 2x1024x4x64, or 1x4096x4x64/9 for 9 packed sequences; may be repeated.",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp64, fp32, bf16 or fp16. Default: fp32, on a GPU bf16.")
@@ -35,6 +46,20 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="How many the CPU may use. Default: torch's own.")
     ] = None,
+    work: Annotated[
+        str,
+        typer.Option(help="operator, repeated-key, decoding, or several with commas between."),
+    ] = "operator",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="One of ours; may be repeated. Default: all, and a token loop."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Peers in the same run: fla, or by chunk size fla:16,fla:64.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also the kernels, and the time in each.")
+    ] = False,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where results are kept, as JSON.")
     ] = Path("benchmarks/results"),
@@ -43,62 +68,100 @@ def bench(
         typer.Option(metavar="FILE", help="Time nothing: make FILE's tables from the results."),
     ] = None,
 ) -> None:
-    """Time the operator's backends side by side, and a plain token loop beside them.
+    """Measure the operator's backends side by side, and a plain token loop or a peer beside them.
 
-    Forward alone, forward and backward, peak memory beyond the inputs, and the errors against
-    the recurrence in float64. Every run leaves a JSON file in FOLDER; --table puts the newest of
-    them between the markers in a document.
+    Forward alone, forward and backward, peak memory beyond the inputs, the first call, and the
+    errors against the recurrence in float64. Every run leaves a JSON file in FOLDER, complete
+    after each measurement; --table puts the newest of them between the markers in a document.
     """
-    from rwkv7.benchmark import Shape, default_shapes, results_in, update_tables
     from rwkv7.machine import device_called
 
     if table is not None:
-        cases = results_in(out)
-        if not cases:
-            raise ValueError(f"--out: no results in {out}; run `rwkv7 bench` first")
-        update_tables(table, cases)
-        print(f"{table}: {len(cases)} tables from {out}")
-        return
+        return _make_tables(table, out)
     place = device_called(device)
-    shapes = [Shape.parse(text) for text in shape] if shape else default_shapes(place)
     kind = _dtype(dtype, place)
+    plan = _plan(work, shape or [], place, against is not None)
+    subjects = _subjects(backend or [], against)
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    run = _run(shapes, kind, place)
-    path = out / _file_name(run)
-    text = json.dumps(run, indent=1) + "\n"
-
-    from rwkv7.files import write_atomically
-
-    write_atomically(path, lambda file: _write_text(file, text))
-    print(f"kept in {path}")
+    print(f"kept in {_run(plan, kind, place, subjects, profile, out)}")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _make_tables(document: Path, folder: Path) -> None:
+    from rwkv7.benchmark import results_in, update_tables
+
+    cases = results_in(folder)
+    if not cases:
+        raise ValueError(f"--out: no results in {folder}; run `rwkv7 bench` first")
+    print(f"{document}: {update_tables(document, cases)} tables from {folder}")
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
+    from rwkv7.machine import dtype_called
+
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, found {name!r}")
-    found: torch.dtype = getattr(torch, _DTYPES[name])
-    return found
+    return dtype_called(name)
 
 
-def _run(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _plan(work: str, shapes: list[str], device: torch.device, against: bool) -> Plan:
+    from rwkv7.benchmark import WORKS, Shape, default_shapes
+
+    plan = []
+    for name in (text.replace("-", " ") for text in work.split(",")):
+        if name not in WORKS:
+            names = ", ".join(known.replace(" ", "-") for known in WORKS)
+            raise ValueError(f"--work: expected one or more of {names}, found {work!r}")
+        chosen = [Shape.parse(text) for text in shapes] or default_shapes(name, device, against)
+        if name == "decoding" and any(shape.T != 1 or shape.S for shape in chosen):
+            raise ValueError("--shape: expected T = 1 for decoding, such as 64x1x64x64")
+        plan += [(name, shape) for shape in chosen]
+    return plan
+
+
+def _subjects(backends: list[str], against: str | None) -> Callable[[str], list[Subject]]:
+    """Who takes part in a work: ours by name or all of them, and the peers."""
+    from rwkv7.benchmark import FLA_CHUNKS, backend, fla, step, token_loop
+    from rwkv7.wkv7.registry import backend_names
+
+    # Chunk 64 is its own choice for a bounded decay.
+    chunks = {"fla": 64, **{f"fla:{chunk}": chunk for chunk in FLA_CHUNKS}}
+    wanted = [] if against is None else against.split(",")
+    for name in wanted:
+        if name not in chunks:
+            raise ValueError(f"--against: expected one of {', '.join(chunks)}, found {name!r}")
+    peers = [fla(chunks[name]) for name in wanted]
+    # The loops over tokens take all memory on the shapes that peers are measured on.
+    loops = [] if peers or backends else [token_loop()]
+    names = backends or [name for name in backend_names() if not (peers and name == "reference")]
+    ours = [backend(name) for name in names]
+
+    def chosen(work: str) -> list[Subject]:
+        # A peer has one way of decoding, whatever its chunks.
+        return [step(), *peers[:1]] if work == "decoding" else [*loops, *ours, *peers]
+
+    return chosen
+
+
+def _run(
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    subjects: Callable[[str], list[Subject]],
+    profile: bool,
+    folder: Path,
+) -> Path:
     import torch
 
     from rwkv7.benchmark import measurements
     from rwkv7.machine import describe, device_name
 
-    console, progress = Console(), Console(stderr=True)
+    started = time.monotonic()
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -106,37 +169,65 @@ def _run(shapes: list[Shape], dtype: torch.dtype, device: torch.device) -> dict[
         "machine": describe(),
         "cases": [],
     }
-    for shape in shapes:
-        results = []
-        for measurement in measurements(shape, dtype, device):
-            with progress.status(f"{shape}: {measurement.subject}"):
-                results.append(dataclasses.asdict(measurement.run()))
-        case = {
+    path = folder / _file_name(run)
+    progress = Console(stderr=True)
+    for work, shape in plan:
+        case: dict[str, Any] = {
+            "work": work,
             "shape": str(shape),
             "dtype": str(dtype).removeprefix("torch."),
             "device_type": device.type,
             "torch": torch.__version__,
-            "results": results,
+            "results": [],
         }
         run["cases"].append(case)
-        _show(console, run, case)
-    return run
+        for measurement in measurements(
+            work, shape, dtype, device, subjects(work), profile=profile
+        ):
+            seconds = time.monotonic() - started
+            progress.print(f"{seconds:6.1f} s  {work} {shape}: {measurement.subject}", style="dim")
+            case["results"].append(dataclasses.asdict(measurement.run()))
+            _keep(run, path)
+        # A file has no width; a table squeezed into 80 columns is hard to read there.
+        _show(Console(width=None if sys.stdout.isatty() else _WIDTH), run, case)
+    return path
+
+
+def _keep(run: dict[str, Any], path: Path) -> None:
+    from rwkv7.files import write_atomically
+
+    text = json.dumps(run, indent=1) + "\n"
+    write_atomically(path, lambda file: _write_text(file, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _show(console: Console, run: dict[str, Any], case: dict[str, Any]) -> None:
-    from rwkv7.benchmark.table import columns, row
+    from rwkv7.benchmark.table import columns, row, yardstick
 
-    title = f"B x T x H x N = {case['shape']}, {case['dtype']}, {run['device']}"
+    title = f"{case['work']}, B x T x H x N = {case['shape']}, {case['dtype']}, {run['device']}"
     if case["device_type"] == "cpu":
         title += f", {run['threads']} threads"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in columns():
+    for name in columns(case["work"]):
         table.add_column(name, justify="right" if name else "left")
     for result in case["results"]:
-        style = "dim" if result["forward_s"] is None else "red" if result["ok"] is False else ""
-        table.add_row(*row(result, case["results"]), style=style)
+        style = "dim" if not result["errors"] else "red" if result["ok"] is False else ""
+        table.add_row(*row(result, case), style=style)
     console.print(table)
-    console.print("speed: forward and backward against the token loop\n", style="dim")
+    other = yardstick(case["results"])
+    if other:
+        console.print(f"speed: against {other['subject']}", style="dim")
+    for result in case["results"]:
+        if result["note"]:
+            console.print(f"{result['subject']}: {result['note']}", style="dim", soft_wrap=True)
+    for result in case["results"]:
+        for kernel in result["kernels"][:_PROFILED]:
+            name, ms, calls = str(kernel["kernel"])[:70], kernel["ms"], kernel["calls"]
+            line = f"  {result['subject']:24} {ms:8.3f} ms {calls:6.1f} x  {name}"
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _file_name(run: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ _EXTRAS = {
     "triton": "GPU kernels (comes with torch where there are any)",
     "cuda-bindings": "backend cuda (comes with torch for CUDA 13): pip install 'rwkv7[cuda]'",
     "pyrwkv-tokenizer": "the World tokenizer: pip install 'rwkv7[world]'",
+    "pyarrow": "Parquet and Arrow files: pip install 'rwkv7[data]'",
+    "tokenizers": "tokenizer.json files: pip install 'rwkv7[tokenizers]'",
     "rwkv": "verify --against rwkv: pip install 'rwkv7[peers]'",
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv7.config import ModelConfig
 
+from .before import Before
 from .linear import Linear
 from .token_shift import Packing, token_shift
 
@@ -30,9 +31,15 @@ class ChannelMix(nn.Module):
         self.value = Linear(F, C, dtype, device)
 
     def forward(
-        self, x: Tensor, shift: Tensor | None, packed: Packing | None = None
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        packed: Packing | None = None,
+        before: Before | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(output [B, T, C], shift to carry on [S, C]) from x [B, T, C] and the carried shift."""
+        if before is not None:
+            shift = before.shift(x, shift)
         previous, shift = token_shift(x, shift, packed)
         hidden = self.key(torch.addcmul(x, previous - x, self.x_k))
         return self.value(torch.relu(hidden).square()), shift

@@ -9,10 +9,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
 
+from .before import Before
 from .channel_mix import ChannelMix
 from .init import initialise_
 from .linear import Linear
@@ -45,6 +47,7 @@ class Block(nn.Module):
         state: LayerState | None,
         packed: Packing | None = None,
         backend: str | None = None,
+        before: Before | None = None,
     ) -> tuple[Tensor, Tensor, LayerState]:
         """(x [B, T, C], layer 0's value [B, T, C], the layer's state), for T ≥ 1 tokens.
 
@@ -54,10 +57,10 @@ class Block(nn.Module):
         if self.ln0 is not None:
             x = self.ln0(x)
         out, v_first, time_shift, wkv = self.att(
-            self.ln1(x), v_first, time_shift, wkv, packed, backend
+            self.ln1(x), v_first, time_shift, wkv, packed, backend, before
         )
         x = x + out
-        out, channel_shift = self.ffn(self.ln2(x), channel_shift, packed)
+        out, channel_shift = self.ffn(self.ln2(x), channel_shift, packed, before)
         # Autocast may run layer norms in float32; the state keeps the model's dtype.
         dtype = self.ln1.weight.dtype
         return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
@@ -66,7 +69,9 @@ class Block(nn.Module):
 class RWKV7(nn.Module):
     """An RWKV-7 language model, with the official checkpoints' parameter names.
 
-    A new model has the official initialisation; `load_model` gives a trained one.
+    A new model has the official initialisation; `load_model` gives a trained one. With
+    `model.checkpoint_layers = True` a backward pass computes each block again instead of keeping
+    what is in it: the same gradients in less memory and more time.
 
     Args:
         config: the sizes; kept as `model.config`.
@@ -82,6 +87,7 @@ class RWKV7(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False
         V, C = config.vocab_size, config.width
         # Made without memory first: the modules' own initialisation would be thrown away. (An
         # embedding given its weight does not begin with one.)
@@ -159,10 +165,12 @@ class RWKV7(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,  # [S + 1]
         backend: str | None = None,
+        before: Before | None = None,
     ) -> tuple[Tensor, ModelState]:
         """What the head reads, [B, T, C], after `ln_out`, and the state: `forward` less the head.
 
-        For a loss that applies the head in pieces. Arguments and errors are those of `forward`.
+        For a loss that applies the head in pieces, and for a sequence in pieces on several cards:
+        `before` is what another process holds of it. Other arguments and errors are `forward`'s.
         """
         self._check_tokens(tokens)
         packed = None if cu_seqlens is None else packing(cu_seqlens, tokens)
@@ -178,7 +186,14 @@ class RWKV7(nn.Module):
         v_first, layers = None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
-            x, v_first, layer = block(x, v_first, layer, packed, backend)
+            arguments = (x, v_first, layer, packed, backend, before)
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                # Nothing in a block is random, so no generator's state has to be kept.
+                x, v_first, layer = checkpoint(
+                    block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, v_first, layer = block(*arguments)
             layers.append(layer)
         return self.ln_out(x), ModelState(tuple(layers))
 

@@ -14,6 +14,7 @@ from rwkv7.config import ModelConfig
 from rwkv7.state import wide_dtype
 from rwkv7.wkv7 import wkv7, wkv7_step_
 
+from .before import Before
 from .linear import Linear
 from .token_shift import Packing, token_shift
 
@@ -69,6 +70,7 @@ class TimeMix(nn.Module):
         state: Tensor | None,
         packed: Packing | None = None,
         backend: str | None = None,
+        before: Before | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One layer over T ≥ 1 tokens.
 
@@ -79,10 +81,13 @@ class TimeMix(nn.Module):
             state: the WKV state [S, H, V, K]; None means zeros. S = B unless packed.
             packed: the ends of packed sequences.
             backend: the operator's backend, None for its default.
+            before: what another process holds of the sequence, None when it is all here.
 
         Returns:
             (output [B, T, C], layer 0's value, the shift and the state to carry on).
         """
+        if before is not None:
+            shift = before.shift(x, shift)
         previous, shift = token_shift(x, shift, packed)
         delta = previous - x
         r = self.receptance(torch.addcmul(x, delta, self.x_r))
@@ -101,13 +106,14 @@ class TimeMix(nn.Module):
         shape = (*x.shape[:2], self.heads, self.head_size)
         r, k, v = r.view(shape), k.view(shape), v.view(shape)
         inputs = (r, w.view(shape), k, v, removal, replacement)
-        if self._may_step(x, packed, backend):
+        if before is None and self._may_step(x, packed, backend):
             state = _zeros(v, k) if state is None else state.clone()
             r_1, w_1, k_1, v_1, a_1, b_1 = (z.squeeze(1) for z in inputs)
             y = wkv7_step_(r_1, w_1, k_1, v_1, a_1, b_1, state).unsqueeze(1)
         else:
             offsets = None if packed is None else packed.offsets
-            y, state = wkv7(*inputs, state, cu_seqlens=offsets, backend=backend)
+            operator = wkv7 if before is None else before.wkv7
+            y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
         return self.output(self._gated(y, r, k, v, g)), v_first, shift, state
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from rwkv7.evaluation import LOGITS_AT_ONCE, carried_bits, summed_bits
 from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import Tokenizer
 
 from .data import Tokens
 
-__all__ = ["Evaluation", "carried_bits", "dropped_bits", "evaluate"]
+__all__ = ["Evaluation", "dropped_bits", "evaluate"]
 
-CARRIED_WINDOW = 2048  # tokens at a time; any number gives the same bits within rounding
-DROPPED_TOKENS = 8192  # of windows whose state is dropped, read side by side
-LOGITS_AT_ONCE = 1 << 26  # numbers; both of the above are less where the vocabulary is large
+DROPPED_TOKENS = 8192  # of windows whose state is dropped, read side by side, or LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,22 +65,6 @@ def evaluate(
 
 
 @torch.no_grad()
-def carried_bits(model: RWKV7, tokens: Tokens, window: int = CARRIED_WINDOW) -> float:
-    """The bits of all tokens but the first, read in one go from an empty state.
-
-    `window` is how many tokens the model gets at a time; the state is carried on to the next ones.
-    """
-    bits, state, last = 0.0, None, len(tokens) - 1
-    window = min(window, max(1, LOGITS_AT_ONCE // model.config.vocab_size))
-    for start in range(0, last, window):
-        stop = min(start + window, last)
-        row = _to_device(tokens[start : stop + 1], model)
-        logits, state = model(row[None, :-1], state)
-        bits += _bits(logits, row[None, 1:])
-    return bits
-
-
-@torch.no_grad()
 def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
     """The bits of all tokens but the first when every `window` tokens the state is dropped."""
     last = len(tokens) - 1
@@ -101,18 +83,11 @@ def dropped_bits(model: RWKV7, tokens: Tokens, window: int) -> float:
 
 def _window_bits(model: RWKV7, windows: np.ndarray) -> float:
     tokens = _to_device(windows, model)
-    return _bits(model(tokens[:, :-1])[0], tokens[:, 1:])
+    return summed_bits(model(tokens[:, :-1])[0], tokens[:, 1:])
 
 
 def _to_device(tokens: np.ndarray, model: RWKV7) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64)).to(model.emb.weight.device)
-
-
-def _bits(logits: Tensor, targets: Tensor) -> float:
-    nats = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"
-    )
-    return nats.item() / math.log(2)
 
 
 def _count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:

@@ -1,7 +1,8 @@
 """The loop of a run: step, log, evaluate, save, and stop when asked to.
 
 What a step computes depends on the settings, the text and the number of the step alone, so a run
-that was interrupted, or killed and resumed, ends with the same weights, bit for bit on the CPU. How
+that was interrupted, or killed and resumed, ends with the same weights, bit for bit on the CPU. A
+state that is carried never leaves its step, which reads whole sequences: there is none to save. How
 a run begins or is taken up again is in runs.py.
 """
 
@@ -20,16 +21,16 @@ from torch.nn.utils import clip_grad_norm_
 from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import get_tokenizer
 
+from .carry import batch_gradients
 from .checkpoint import newest_checkpoint, save_checkpoint
 from .data import TokenData
 from .evaluate import Evaluation, evaluate
 from .interrupt import interruptible
 from .log import RunLog, StepRecord, plot_loss
-from .loss import next_token_loss
 from .optim import learning_rate, set_learning_rate
 from .report import Report
 from .settings import TrainSettings
-from .windows import Windows
+from .sources import make_source
 
 __all__ = ["OnStep", "Run", "TrainResult", "TrainingDivergedError"]
 
@@ -67,9 +68,8 @@ class Run:
         self.out, self.settings, self.data = out, settings, data
         self.model, self.optimizer, self.step, self.saved = model, optimizer, step, step
         self.tokenizer = get_tokenizer(settings.tokenizer)
-        self.windows = Windows(
-            data.train, window=settings.window, batch=settings.batch, seed=settings.seed
-        )
+        self.source = make_source(data.documents, settings)
+        self.model.checkpoint_layers = settings.checkpoint_layers
         self.device = model.emb.weight.device
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
@@ -102,18 +102,24 @@ class Run:
 
     def _train_step(self) -> StepRecord:
         started, settings = time.perf_counter(), self.settings
-        inputs, targets = (x.to(self.device) for x in self.windows.batch(self.step))
+        batch = self.source.batch(self.step).to(self.device)
         rate = learning_rate(settings, self.step)
         set_learning_rate(self.optimizer, rate)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        # A packed row holds the tokens of the whole batch, so its windows do too.
+        rows = 1 if batch.cu_seqlens is None else settings.batch
         with self._precision():
-            features, _ = self.model.hidden(inputs)
-            loss = next_token_loss(self.model.head, features, targets)
-        loss.backward()
+            loss = batch_gradients(
+                self.model,
+                batch,
+                mode=settings.carry,
+                window=settings.window * rows,
+                parts=settings.accumulate,
+            )
         norm = clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
-        nats, size = torch.stack((loss.detach(), norm)).tolist()
+        nats, size = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(nats) and math.isfinite(size)):
             raise TrainingDivergedError(
                 f"stopped at step {self.step + 1}: the loss is {nats} and the gradient's norm "
@@ -127,7 +133,7 @@ class Run:
             bits_per_byte=nats * self.bits_of_a_nat,
             lr=rate,
             grad_norm=size,
-            tokens=inputs.numel(),
+            tokens=batch.inputs.numel(),
             seconds=time.perf_counter() - started,
         )
 

@@ -1,7 +1,8 @@
-"""The training loss: next-token cross entropy, and L2Wrap, which keeps the largest logit small.
+"""The training loss: head, next-token cross entropy and L2Wrap in one, some rows at a time.
 
-Works from the features before the head, so that with a large vocabulary the logits of only some
-rows exist at a time.
+The gradients of a row's logits are known as soon as the logits are, so features and head get theirs
+in the forward pass and nothing of size rows x vocabulary outlives its piece. What the features are
+is the model's affair, how many tokens a mean is over the caller's.
 """
 
 from __future__ import annotations
@@ -10,63 +11,164 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-__all__ = ["L2_WRAP", "l2_wrap", "next_token_loss"]
+from rwkv7.state import wide_dtype
+
+from .batch import IGNORED
+
+__all__ = ["L2_WRAP", "next_token_loss", "predicted"]
 
 L2_WRAP = 1e-4  # strength of the pull on the largest logit (RWKV-LM, RWKV-v7/train_temp)
 LOGITS_AT_ONCE = 1 << 26  # numbers; 256 MiB in fp32
 
 
-def next_token_loss(head: nn.Linear, features: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross entropy in nats, fp32, a scalar; its gradient has L2Wrap in it.
+def next_token_loss(
+    head: nn.Linear,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    denominator: Tensor | float | None = None,
+    l2_wrap: float = L2_WRAP,
+) -> Tensor:
+    """The mean cross entropy in nats, a scalar; its gradient has L2Wrap in it.
+
+    L2Wrap leaves the value alone and adds l2_wrap · max_logit to the gradient of each predicted
+    row's largest logit (the first of equal ones), scaled like every other part of the gradient.
 
     Args:
-        head: the model's, features [rows, C] -> logits [rows, vocabulary].
+        head: the model's, without a bias: features [rows, C] -> logits [rows, V]. Its weight may be
+            frozen, or tied to the embedding.
         features: what the head reads, [B, T, C].
-        targets: the ids to predict, int64 [B, T].
+        targets: the ids to predict, int64 [B, T]; where IGNORED, neither loss nor gradient.
+        denominator: what the sum over predicted tokens is divided by; None means their number (1 if
+            there is none). The number in the whole batch makes the losses, and the gradients, of
+            its parts add up to those of the whole.
+        l2_wrap: strength of the pull on the largest logit; 0 is cross entropy alone.
 
-    Where all logits at once would be large they are computed again in the backward pass, some rows
-    at a time.
+    Products run in autocast's dtype where it is on, the loss in fp32; fp64 stays fp64. The result
+    is differentiable once.
+
+    Raises:
+        TypeError: a head that is no plain torch.nn.Linear without bias.
+        ValueError: shapes that do not fit, or, on the CPU, targets outside the vocabulary.
     """
+    _check(head, features, targets)
     features, targets = features.flatten(0, 1), targets.flatten()
-    total = targets.numel()
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
-
-    def part(features: Tensor, targets: Tensor) -> Tensor:
-        logits = head(features).float()
-        loss = functional.cross_entropy(logits, targets, reduction="sum") / total
-        return l2_wrap(loss, logits, L2_WRAP / total)
-
-    if total <= rows:
-        return part(features, targets)
-    parts = [
-        checkpoint(part, some, wanted, use_reentrant=False)
-        for some, wanted in zip(features.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.stack(parts).sum()
+    count = predicted(targets).clamp(min=1) if denominator is None else denominator
+    gradients = torch.is_grad_enabled()
+    loss = _HeadLoss.apply(features, head.weight, targets, l2_wrap, count, gradients)
+    assert isinstance(loss, Tensor)
+    return loss
 
 
-def l2_wrap(loss: Tensor, logits: Tensor, factor: float) -> Tensor:
-    """`loss` unchanged; going back, adds factor · max_logit at each row's largest logit.
-
-    The first of equal logits counts. The addition is scaled with the gradient that arrives at the
-    loss, as every other part of it is.
-    """
-    return _L2Wrap.apply(loss, logits, factor)
+def predicted(targets: Tensor) -> Tensor:
+    """How many of the targets are to be predicted, int64, a scalar on their device."""
+    return (targets != IGNORED).sum()
 
 
-class _L2Wrap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, logits: Tensor, factor: float) -> Tensor:
-        largest, where = logits.max(-1, keepdim=True)
-        ctx.save_for_backward(largest * factor, where)
-        ctx.shape = logits.shape
-        return loss.clone()
+class _HeadLoss(torch.autograd.Function):
+    """features [R, C], weight [V, C], targets [R] -> the loss. Gradients are kept undivided."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grads
-        pull, where = ctx.saved_tensors
-        return grad, pull.new_zeros(ctx.shape).scatter_(-1, where, pull * grad), None
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        l2_wrap: float,
+        denominator: Tensor | float,
+        gradients: bool,
+    ) -> Tensor:
+        wide, dtype = wide_dtype(features.dtype), _product_dtype(features)
+        wanted = [needed and gradients for needed in ctx.needs_input_grad[:2]]
+        dfeatures = torch.empty_like(features) if wanted[0] else None
+        # Pieces of the sum over rows may be rounded to 16 bits, the sum is not.
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        loss = features.new_zeros((), dtype=wide)
+        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        with torch.autocast(features.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            for start in range(0, targets.shape[0], rows):
+                some = slice(start, start + rows)
+                x = features[some].to(dtype)
+                logits = (x @ matrix.T).to(wide)
+                loss += _loss_to_gradient_(logits, targets[some], l2_wrap)
+                if not any(wanted):
+                    continue
+                dlogits = logits.to(dtype)
+                if dfeatures is not None:
+                    dfeatures[some] = dlogits @ matrix
+                if dweight is not None:
+                    dweight += dlogits.T @ x
+        ctx.gradients = dfeatures, None if dweight is None else dweight.to(weight.dtype)
+        ctx.denominator = denominator
+        return loss / denominator
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "next_token_loss: expected retain_graph=True in the first backward pass, found a "
+                "second one without it"
+            )
+        # Divided here, not in each row: a gradient in fp16 keeps its digits until it is scaled.
+        scale, gradients = grads[0] / ctx.denominator, ctx.gradients
+        if _graph_is_kept():
+            dfeatures, dweight = (None if x is None else x * scale for x in gradients)
+        else:
+            # The head's gradient is large: nobody will ask for it again, so it is not copied.
+            ctx.gradients = None
+            dfeatures, dweight = (None if x is None else x.mul_(scale) for x in gradients)
+        return dfeatures, dweight, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass under way may be followed by another (retain_graph=True)."""
+    # torch tells it to its own compiler alone; where it does not tell, the answer is the safe one.
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return bool(tell())
+
+
+def _loss_to_gradient_(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
+    """The sum of the rows' losses; `logits` [R, V] become its gradient, L2Wrap's included."""
+    counted = (targets != IGNORED)[:, None]
+    target = targets[:, None].masked_fill(~counted, 0)
+    wanted = logits.gather(-1, target)
+    largest, where = logits.max(-1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    losses = total.log() + (largest - wanted)
+    logits.div_(total)
+    logits.scatter_add_(-1, target, logits.new_full((), -1).expand_as(target))
+    logits.scatter_add_(-1, where, largest * l2_wrap)
+    logits.masked_fill_(~counted, 0)
+    return losses.masked_fill(~counted, 0).sum()
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    device = features.device.type
+    if features.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return features.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _check(head: nn.Linear, features: Tensor, targets: Tensor) -> None:
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise TypeError(
+            f"head: expected a torch.nn.Linear without bias, found {head}; adapters belong on "
+            "other layers"
+        )
+    C, V = head.in_features, head.out_features
+    if features.shape != (*targets.shape, C):
+        raise ValueError(
+            f"features: expected [B, T, C] = {[*targets.shape, C]} for targets "
+            f"{list(targets.shape)} and this head, found {list(features.shape)}"
+        )
+    if targets.device.type == "cpu" and targets.numel():
+        wrong = (targets != IGNORED) & ((targets < 0) | (targets >= V))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"targets: expected ids from 0 to {V - 1}, or {IGNORED} where nothing is "
+                f"predicted, found {int(targets[wrong][0])}"
+            )

@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """
     named = list(model.named_parameters())
     bias = [(n, p) for n, p in named if "att.w0" in n]
-    matrices = [(n, p) for n, p in named if p.squeeze().ndim >= 2 and ".weight" in n]
+    matrices = [(n, p) for n, p in named if _dimensions(p) >= 2 and ".weight" in n]
     taken = {n for n, _ in bias + matrices}
     rest = [(n, p) for n, p in named if n not in taken]
     groups = (
@@ -47,6 +47,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         }
         for members, scale, decay in groups
     ]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return sum(size > 1 for size in parameter.shape)
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:

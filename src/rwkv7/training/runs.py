@@ -38,7 +38,7 @@ from .settings import TrainSettings, resumed_settings
 __all__ = ["choose_device", "resume_training", "train_model"]
 
 _LEFTOVER = re.compile(
-    r"lock|data|data/(train\.bin|held_out\.bin|\.?data\.json.*)"
+    r"lock|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
     r"|checkpoints|checkpoints/\..*\.partial"
 )
 

@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .carry import CARRY_MODES
+
 __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings"]
 
 # Changing these changes what is saved or measured, never a parameter of the model.
-FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens")
+FREE_ON_RESUME = ("save_every", "eval_every", "eval_tokens", "checkpoint_layers")
 DTYPES = ("auto", "fp32", "bf16")
+ORDERS = ("shuffled", "official")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -35,8 +38,26 @@ class TrainSettings:
     width: int = _option(256, "channels of the model, a multiple of the head size")
     head_size: int = _option(64, "channels of a head")
     tokenizer: str = _option("byte", 'tokenizer: "byte", or "world" (needs the extra "world")')
-    batch: int = _option(16, "windows in a step")
+    batch: int = _option(16, "windows in a step, or sequences with carry")
     window: int = _option(512, "tokens in a window")
+    order: str = _option(
+        "shuffled", 'of the windows: "shuffled", or "official" (RWKV-LM\'s, the same every epoch)'
+    )
+    pack: bool = _option(False, "documents apart: no state or token shift leaks into the next one")
+    carry: str = _option(
+        "off",
+        'what goes from window to window of a sequence: "off", the state ("truncated"), or the '
+        'state and its gradient ("exact": that of the whole sequence, in the memory of a window)',
+    )
+    sequence: int | None = _option(
+        None, "with carry: tokens of a sequence, read in windows; a step reads whole ones"
+    )
+    accumulate: int = _option(
+        1, "parts a step's batch is worked through in; the gradient stays the whole batch's"
+    )
+    checkpoint_layers: bool = _option(
+        False, "compute layers again going back instead of keeping what is in them: less memory"
+    )
     lr: float = _option(1e-3, "highest learning rate")
     lr_final: float = _option(1e-4, "learning rate that the last steps come down to")
     warmup: int = _option(10, "steps over which the learning rate rises")
@@ -58,6 +79,19 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "layers", "width", "head_size", "batch", "window"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        carries, sequence = self.carry != "off", self.sequence
+        self._require("carry", self.carry in CARRY_MODES, f"one of {', '.join(CARRY_MODES)}")
+        self._require("sequence", carries or sequence is None, 'nothing with carry "off"')
+        self._require(
+            "sequence",
+            not carries or (sequence is not None and sequence >= 1),
+            f'a number of tokens with carry "{self.carry}"',
+        )
+        self._require(
+            "accumulate", 1 <= self.accumulate <= self.batch, f"1 to the batch's {self.batch}"
+        )
+        cut = self.pack and self.carry == "truncated"
+        self._require("accumulate", self.accumulate == 1 or not cut, "1 for packed, truncated text")
         for name in ("save_every", "eval_every", "eval_tokens"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("width", self.width % self.head_size == 0, "a multiple of head_size")
@@ -67,6 +101,7 @@ class TrainSettings:
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
+        self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from .contract import Call
 
-# In order of preference: a call that names no backend gets the first that accepts it. `triton` and
-# `cuda` stand behind `torch`, so that they run only when named, until the whole suite has passed on
-# a GPU.
+# In order of preference: a call that names no backend gets the first that accepts it.
 _TABLE = {
-    "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
-    "triton": "rwkv7.wkv7.backends.triton:TritonBackend",
     "cuda": "rwkv7.wkv7.backends.cuda:CudaBackend",
+    "triton": "rwkv7.wkv7.backends.triton:TritonBackend",
+    "torch": "rwkv7.wkv7.backends.chunked:ChunkedBackend",
     "reference": "rwkv7.wkv7.backends.reference:ReferenceBackend",
 }
 

@@ -1,12 +1,13 @@
 """What a call asks of the kernels: which of them, compiled how, launched with what.
 
-Decisions look at sizes, dtypes and the decay's form alone, never at values, T, B or the packing: a
-sequence is always walked in the same chunks by a block of its own, so its bits are the same alone,
-batched and packed.
+Decisions look at sizes, dtypes and the decay's form, never at values. Enough sequences and heads
+fill a card with one walk each. Few long ones are cut into segments that are walked at once, but not
+inside `batch_invariant()`: there a sequence's bits are the same alone, batched and packed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,13 @@ class Kernel:
 
 FORWARD = Kernel("forward", threads=128, shared=(56384, 64576), constant="FORWARD_BYTES")
 BACKWARD = Kernel("backward", threads=128, shared=(114752, 122944), constant="SHARED_BYTES")
-KERNELS = (FORWARD, BACKWARD)
+CHAIN = Kernel("chain", threads=128, shared=(33280, 33280), constant="CHAIN_BYTES")
+KERNELS = (FORWARD, BACKWARD, CHAIN)
+# Blocks of `forward` that share a multiprocessor.
+BLOCKS = 4
+# Segments cost two more walks forward and one more backward; below these bounds that is too much
+# (H100: 96 sequences and heads are as fast in one walk, 32 more than twice as fast in segments).
+SHORTEST_SEGMENT, FEWEST_SEGMENTS = 512, 4
 # A card must have this much shared memory for a block.
 LARGEST_SHARED = max(max(kernel.shared) for kernel in KERNELS)
 
@@ -75,14 +82,25 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def forward_macros(call: Call, save: bool) -> Macros:
-    """How the forward kernel is compiled for the call; `save`: it keeps what backward needs."""
-    return (*_macros(call), ("SAVE", int(save)), ("OUTPUT", 1), ("VALUES", 1))
+def macros(call: Call, own: Mapping[str, bool]) -> Macros:
+    """How a kernel is compiled for the call; `own`: the kernel's own macros."""
+    return (
+        ("INPUT_FP16", int(call.v.dtype == torch.float16)),
+        ("W_FP32", int(call.w.dtype == torch.float32)),
+        ("LOGIT", int(call.decay == "logit")),
+        ("PACKED", int(call.cu_seqlens is not None)),
+        *((name, int(value)) for name, value in own.items()),
+    )
 
 
-def backward_macros(call: Call) -> Macros:
-    """How the backward kernel is compiled for the call."""
-    return (*_macros(call), ("GRADIENTS", 1))
+def segment(call: Call, multiprocessors: int) -> int | None:
+    """Tokens of the segments that every sequence is cut into, or None: one walk a sequence."""
+    B, T, H, *_ = call.sizes
+    if call.invariant or call.cu_seqlens is not None or multiprocessors < 2 * B * H:
+        return None
+    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (BLOCKS * multiprocessors)))
+    tokens = -(-tokens // CHUNK) * CHUNK
+    return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
 
 
 def chunk_count(call: Call) -> int:
@@ -100,12 +118,3 @@ def saved_words(call: Call) -> int:
     """fp32 words of the states before every chunk: fp16 [n, H, V, K], then a scale a row."""
     _, _, H, K, V = call.sizes
     return chunk_count(call) * H * V * (K // 2 + 1)
-
-
-def _macros(call: Call) -> Macros:
-    return (
-        ("INPUT_FP16", int(call.v.dtype == torch.float16)),
-        ("W_FP32", int(call.w.dtype == torch.float32)),
-        ("LOGIT", int(call.decay == "logit")),
-        ("PACKED", int(call.cu_seqlens is not None)),
-    )

@@ -27,8 +27,8 @@ def chunk_count(call: Call) -> int:
 class Kept:
     """A chunk's maps as kernels/maps.py names them, and the state before every chunk.
 
-    Views of one fp32 tensor: the first three fields are fp32, the others `map_dtype`. states
-    [n, H, V, K] with states_scale [n, H, V].
+    Views of one fp32 tensor: the first three fields are fp32, the others `map_dtype`, but for fp16
+    inputs move is fp32 too. states [n, H, V, K] with states_scale [n, H, V].
     """
 
     states_scale: Tensor
@@ -54,7 +54,10 @@ class Kept:
         maps = ((m, H, V, K), (n, H, K, K), (n, H, C, K), (n, H, C, C), (n, H, C, K))
         backward = ((m, H, C, K), (m, H, C, K), (m, H, C, C), (m, H, C, C))
         narrow = map_dtype(call)
-        return (*((s, torch.float32) for s in words), *((s, narrow) for s in (*maps, *backward)))
+        # fp16 inputs are held to finer bounds than an fp16 `move` keeps: see walk_product.
+        move = torch.float32 if call.v.dtype == torch.float16 else narrow
+        dtypes = (*(torch.float32,) * len(words), narrow, move, *(narrow,) * 7)
+        return tuple(zip((*words, *maps, *backward), dtypes, strict=True))
 
     @classmethod
     def words(cls, call: Call, save: bool = True) -> int:

@@ -1,10 +1,10 @@
 // Backward: one block a (sequence, head), from the last chunk to the first.
 //
 // A chunk's states are rebuilt from the one saved before it; then step by step, the last first:
-//   by rows of V (a warp its 16, as forward):  Zᵀ = (Xᵀ A_rbᵀ dY)ᵀ + E W_bᵀ,  dVᵀ, and E moves on,
+//   by rows of V (a warp its 16, as forward): Z = Pᵀ·dY + W_b·Eᵀ, dV = Gᵀ·dY + (κ + Nᵀ·β)·Eᵀ, E,
 //   the scores' gradients dA (a warp one of the four), sums over V,
 //   by channels (a warp its 16): dr, da, dk, db, and from them dw.
-// E is the gradient of the state after a token, Z that of A_ak V + α Sᵀ. Everything on the side of V
+// E is the gradient of the state after a token, Z that of A_ak·V + α·Sᵀ. Everything on the side of V
 // is divided by one power of two for the chunk, everything on the side of the gradients by another.
 // The macro GRADIENTS 0 leaves out all but the gradient of the initial state.
 #define BACKWARD 1
@@ -89,9 +89,8 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int first = STEP * step;
-        const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
-        u32 v[4], b[4], c[4], high[4], low[4];
-        float x[2][4] = {}, removed[2][4] = {};
+        u32 v[4], b[4];
+        float removed[2][4] = {};
         if (step == 0)
             times_channels(state, step_to_middle(shared, 0));
         else
@@ -101,11 +100,8 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
             for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
         if (step > 1) store_state(state_tile(shared, step), state);
         left_transposed(v, shared + V, first, warp_id());
-        columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
-        mma_pair(x, v, b), mma_pair(x, v, c);
-        as_left_split(high, low, x);
-        columns_square(b, inverse), columns_square(c, inverse + SQUARE);
-        mma_pair(removed, high, b), mma_pair(removed, low, b), mma_pair(removed, high, c);
+        columns_square(b, step_squares(shared, step));
+        mma_pair(removed, v, b);
 #pragma unroll
         for (int block = 0; block < N / 16; ++block) {
             u32 s[4];
@@ -128,21 +124,15 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
 // By rows of V: Z and E into shared memory, dv of the step given, E before the step.
 DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     const int first = STEP * step;
-    const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
-    u32 dy[4], b[4], c[4], high[4], low[4];
-    float x[2][4] = {}, z[2][4] = {};
+    const char* squares = step_squares(shared, step);
+    u32 dy[4], b[4], high[4];
+    float z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
     if (GRADIENTS) store_state(shared + E_TILE, E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
-    mma_pair(x, dy, b);  // (A_rbᵀ dY)ᵀ
-    as_left_split(high, low, x);
-    rows_square(b, inverse), rows_square(c, inverse + SQUARE);
-    mma_pair(z, high, b), mma_pair(z, low, b), mma_pair(z, high, c);
+    mma_pair(z, dy, b);
     if (GRADIENTS) {
-        as_left_split(high, low, z);  // as it is without E: what E adds is in KEY_BACK
-        rows_square(b, squares), rows_square(c, squares + 3 * SQUARE);
-        mma_pair(dv, high, b), mma_pair(dv, low, b), mma_pair(dv, high, c);
         rows_square(b, squares + SQUARE);
         mma_pair(dv, dy, b);
     }

@@ -19,8 +19,8 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
 // Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
-// room for what α loses to fp16, then for the squares A_ak, A_rk, A_rb and what A_ak loses. MOVE
-// receives W = X·α, in the forward pass over α.
+// room for what α loses to fp16, then for squares (see `prepare`). MOVE receives W = X·α, in the
+// forward pass over α.
 constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
 constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
@@ -32,7 +32,7 @@ constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
 // κ's above β's in one tile.
 constexpr int LOWS = COMMON_BYTES;
 constexpr int FORWARD_BYTES = LOWS + TILE;
-// Backward they are fp16; then κ + A_akᵀ·W_b and W_b = Xᵀ·β take their places.
+// Backward they are fp16; then κ + Nᵀ·β and W_b = Xᵀ·β take their places.
 constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
 constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
 constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
@@ -224,58 +224,9 @@ DEVICE void keep_lower(float d[2][4], bool diagonal) {
     }
 }
 
-// W = X·α of a step. Of the four products of halves the three that count.
-DEVICE void find_move(char* shared, int step, const char* inverse) {
-    const int first = STEP * step;
-    u32 x_high[4], x_low[4];
-    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
-#pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
-        u32 high[4], low[4];
-        rows_operand(high, shared + A, first, block);
-        rows_operand(low, step_low(shared, step), first, block);
-        float d[2][4] = {};
-        mma_pair(d, x_high, high), mma_pair(d, x_high, low), mma_pair(d, x_low, high);
-        store_rows(shared + MOVE, first, block, d);
-    }
-}
-
-// W_b = Xᵀ·β of a step, and κ + A_akᵀ·W_b, by which E reaches v: on a repeated key its terms cancel,
-// and they do so here, in fp32, before E multiplies what is left.
-DEVICE void find_move_back(char* shared, int step, const char* inverse, const char* squares) {
-    const int first = STEP * step;
-    u32 x_high[4], x_low[4], ak_high[4], ak_low[4];
-    rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
-    if (WITH_K) rows_square(ak_high, squares), rows_square(ak_low, squares + 3 * SQUARE);
-#pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
-        u32 high[4], low[4];
-        float w[2][4] = {}, key[2][4];
-        left_transposed(high, shared + B, first, block);
-        left_transposed(low, shared + B_LOW, first, block);
-        mma_pair(w, high, x_high), mma_pair(w, high, x_low), mma_pair(w, low, x_high);
-        as_left(high, w);
-        store_transposed(shared + MOVE_BACK, first, block, high);
-        if (!WITH_K) continue;
-        left_transposed(high, shared + K, first, block);
-        left_transposed(low, shared + K_LOW, first, block);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
-            key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
-        }
-        as_left_split(high, low, w);
-        mma_pair(key, high, ak_high), mma_pair(key, high, ak_low), mma_pair(key, low, ak_high);
-        as_left(high, key);
-        store_transposed(shared + KEY_BACK, first, block, high);
-    }
-}
-
-// All that a warp's step needs before the state: operands, scores, inverse and W.
-DEVICE void prepare(char* shared) {
-    const int step = warp_id(), first = STEP * step;
-    prepare_operands(shared);
-    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
+// The scores of a step's tokens: A_ab and A_ak below the diagonal, A_rb and A_rk with it.
+DEVICE void find_scores(const char* shared, int first, const char* alpha_low, float ab[2][4],
+                        float ak[2][4], float rb[2][4], float rk[2][4]) {
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 alpha[4], rho[4], beta[4], kappa[4];
@@ -292,11 +243,10 @@ DEVICE void prepare(char* shared) {
         }
         if (WITH_R && WITH_K) mma_pair(rk, rho, kappa);
         if (INPUT_FP16) {  // held to finer bounds than bf16
-            u32 low[4];
-            left_operand(low, step_low(shared, step), first, block);
+            u32 low[4], k_low[4], b_low[4];
+            left_operand(low, alpha_low, first, block);
             mma_pair(ab, low, beta);
             if (WITH_K) mma_pair(ak, low, kappa);
-            u32 k_low[4], b_low[4];
             if (BACKWARD) {
                 columns_operand(k_low, shared + K_LOW, first, block);
                 columns_operand(b_low, shared + B_LOW, first, block);
@@ -311,15 +261,92 @@ DEVICE void prepare(char* shared) {
         }
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
-    char* inverse = step_inverse(shared, step);
+}
+
+// W = X·α of a step.
+DEVICE void find_move(char* shared, int step, const char* inverse) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4];
+    left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 high[4], low[4];
+        rows_operand(high, shared + A, first, block);
+        rows_operand(low, step_low(shared, step), first, block);
+        float d[2][4] = {};
+        multiply_split(d, x_high, x_low, high, low);
+        store_rows(shared + MOVE, first, block, d);
+    }
+}
+
+// W_b = Xᵀ·β of a step, and κ + Nᵀ·β, by which E reaches v: on a repeated key its terms cancel, and
+// they do so here, in fp32, before E multiplies what is left.
+DEVICE void find_move_back(char* shared, int step, const char* inverse, const char* squares) {
+    const int first = STEP * step;
+    u32 x_high[4], x_low[4], n_high[4], n_low[4];
+    rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
+    if (WITH_K) rows_square(n_high, squares), rows_square(n_low, squares + 3 * SQUARE);
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 b_high[4], b_low[4], high[4], low[4];
+        float w[2][4] = {}, key[2][4];
+        left_transposed(b_high, shared + B, first, block);
+        left_transposed(b_low, shared + B_LOW, first, block);
+        multiply_split(w, b_high, b_low, x_high, x_low);
+        as_left(high, w);
+        store_transposed(shared + MOVE_BACK, first, block, high);
+        if (!WITH_K) continue;
+        left_transposed(high, shared + K, first, block);
+        left_transposed(low, shared + K_LOW, first, block);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            key[i >> 1][(i & 1) * 2] = low_half(high[i]) + low_half(low[i]);
+            key[i >> 1][(i & 1) * 2 + 1] = high_half(high[i]) + high_half(low[i]);
+        }
+        multiply_split(key, b_high, b_low, n_high, n_low);
+        as_left(high, key);
+        store_transposed(shared + KEY_BACK, first, block, high);
+    }
+}
+
+// All that a warp's step needs before the state: operands, X, W, and squares [16, 16] at
+// step_squares: N = X·A_ak; forward A_rk and A_rb, by which v and U reach y; backward
+// G = A_rk + A_rb·N and P = A_rb·X, by which dY reaches v and Z. What cancels in these products on a
+// repeated key does so in fp32, before it is rounded.
+DEVICE void prepare(char* shared) {
+    const int step = warp_id(), first = STEP * step;
+    prepare_operands(shared);
+    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
+    find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);
+    char *inverse = step_inverse(shared, step), *squares = step_squares(shared, step);
     invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
     if (WITH_MOVE) find_move(shared, step, inverse);
     sync_warp();  // the low part of α has been read; its rows are used anew
-    char* squares = step_squares(shared, step);
-    if (WITH_R) store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
-    if (WITH_K) store_square_split(squares, squares + 3 * SQUARE, ak);
-    if (BACKWARD) {
+    u32 high[4], low[4], x_high[4], x_low[4];
+    if (WITH_K) {
+        float n[2][4] = {};
+        store_square_split(squares, squares + 3 * SQUARE, ak);
         sync_warp();
+        left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
+        rows_square(high, squares), rows_square(low, squares + 3 * SQUARE);
+        multiply_split(n, x_high, x_low, high, low);
+        sync_warp();
+        store_square_split(squares, squares + 3 * SQUARE, n);
+    }
+    if (BACKWARD) {
+        float p[2][4] = {};
+        sync_warp();
+        as_left_split(high, low, rb);
+        rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
+        multiply_split(p, high, low, x_high, x_low);
+        store_square(squares + 2 * SQUARE, p);
+        if (WITH_K) {
+            rows_square(x_high, squares), rows_square(x_low, squares + 3 * SQUARE);
+            multiply_split(rk, high, low, x_high, x_low);
+            store_square(squares + SQUARE, rk);
+        }
         find_move_back(shared, step, inverse, squares);
+    } else if (WITH_R) {
+        store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
     }
 }

@@ -63,15 +63,12 @@ DEVICE void write_values(char* to, const u32 y[4], i64 stride, int left) {
 // Sixteen tokens: yᵀ, times `scale`; the state moves on.
 DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], u32 out[4], float scale) {
     const int first = STEP * step;
-    const char *squares = step_squares(shared, step), *inverse = step_inverse(shared, step);
+    const char* squares = step_squares(shared, step);
     u32 b[4], c[4], high[4], low[4];
-    float u[2][4] = {}, y[2][4] = {}, x[2][4] = {};
+    float u[2][4] = {}, y[2][4] = {};
     if (VALUES) {
-        columns_square(b, squares), columns_square(c, squares + 3 * SQUARE);
-        mma_pair(x, v, b), mma_pair(x, v, c);  // (A_ak V)ᵀ
-        as_left_split(high, low, x);
-        columns_square(b, inverse), columns_square(c, inverse + SQUARE);
-        mma_pair(u, high, b), mma_pair(u, low, b), mma_pair(u, high, c);
+        columns_square(b, squares);
+        mma_pair(u, v, b);
     }
     if (OUTPUT) {
         columns_square(b, squares + SQUARE);

@@ -202,6 +202,11 @@ DEVICE void mma_pair(float d[2][4], const u32 a[4], const u32 b[4]) {
     mma(d[0], a, b[0], b[1]);
     mma(d[1], a, b[2], b[3]);
 }
+// d += a b of operands in two halves each: of the four products the three that count.
+DEVICE void multiply_split(float d[2][4], const u32 a_high[4], const u32 a_low[4],
+                           const u32 b_high[4], const u32 b_low[4]) {
+    mma_pair(d, a_high, b_high), mma_pair(d, a_high, b_low), mma_pair(d, a_low, b_high);
+}
 // A product [16, 16] as a left operand; `high` rounded to fp16, `low` what that leaves.
 DEVICE void as_left(u32 a[4], const float d[2][4]) {
 #pragma unroll

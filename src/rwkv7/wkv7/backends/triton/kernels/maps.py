@@ -15,7 +15,15 @@ U = N·V + W·Sᵀ with W = X·α, and its gradient Z = Pᵀ·dY + W_b·Eᵀ wit
 import triton
 import triton.language as tl
 
-from .tiles import chunk_bounds, log2_decay, lower_inverse, multiply, narrow, store_scaled
+from .tiles import (
+    chunk_bounds,
+    halved,
+    log2_decay,
+    lower_inverse,
+    multiply,
+    narrow,
+    store_scaled,
+)
 
 
 @triton.jit(do_not_specialize=["sequences", "T", "H"])
@@ -96,6 +104,7 @@ def chunk_maps(
     to_start = tl.exp2(middle)
     to_end = tl.exp2(last - middle)
     tl.store(decay_ptr + index * K + kc, tl.exp2(last), k1)
+    PRECISION: tl.constexpr = "tf32" if HOW == "pair" else HOW  # fp16 operands take no notice
     no_cc = tl.zeros([C, C], tl.float32)
     no_ck = tl.zeros([C, BK], tl.float32)
     alpha = tl.load(a_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g - decay)
@@ -103,30 +112,38 @@ def chunk_maps(
     A_ab = tl.where(below, multiply(alpha, beta, no_cc, HOW, YT=True), 0.0)
     X = lower_inverse(A_ab, C, HOW)
 
-    # What carries the size of r is divided by a power of two a row; the rest is near 1.
-    kappa = tl.load(k_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
-    A_ak = tl.where(below, multiply(alpha, kappa, no_cc, HOW, YT=True), 0.0)
-    N = multiply(X, A_ak, no_cc, HOW)
+    # What is referenced to the chunk's start or end does not exceed a, b, k: fp16 holds it.
+    ending = narrow(beta * to_end[None, :], HOW)
+    W = multiply(X, alpha, no_ck, HOW) * to_start[None, :]
+    if HOW == "pair" and move_ptr.dtype.element_ty == tl.float32:
+        M = multiply(W, beta * to_end[None, :], tl.zeros([BK, BK], tl.float32), HOW, XT=True)
+        W = narrow(W, HOW)
+    else:
+        W = narrow(W, HOW)
+        M = tl.dot(tl.trans(W), ending, input_precision=PRECISION)
+    square = move_ptr + kc[:, None] * K + kc[None, :]
+    tl.store(square, M.to(move_ptr.dtype.element_ty), k1[:, None] & k1[None, :])
     if SAVE:
-        tl.store(inner_ptr + cc, narrow(N, HOW), in_cc)
-    R = multiply(N, beta, kappa, HOW, XT=True) * to_end[None, :]
-    tl.store(write_ptr + ck, narrow(R, HOW), in_ck)
-    rho = tl.load(r_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g)
-    A_rb = tl.where(upto, multiply(rho, beta, no_cc, HOW, YT=True), 0.0)
-    A_rk = tl.where(upto, multiply(rho, kappa, no_cc, HOW, YT=True), 0.0)
-    G = multiply(A_rb, N, A_rk, HOW)
-    store_scaled(G, direct_ptr + cc, in_cc, scale_ptr + C, t1)
-    if SAVE:
+        tl.store(remove_ptr + ck, W, in_ck)
         W_b = multiply(X, beta, no_ck, HOW, XT=True) * to_end[None, :]
         tl.store(replace_ptr + ck, narrow(W_b, HOW), in_ck)
+    kappa = tl.load(k_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
+    A_ak = tl.where(below, multiply(alpha, kappa, no_cc, HOW, YT=True), 0.0)
+    N = narrow(multiply(X, A_ak, no_cc, HOW), HOW)
+    if SAVE:
+        tl.store(inner_ptr + cc, N, in_cc)
+    R = tl.dot(tl.trans(N), ending, acc=kappa * to_end[None, :], input_precision=PRECISION)
+    tl.store(write_ptr + ck, narrow(R, HOW), in_ck)
+
+    # What carries the size of r is divided by a power of two a row; the rest is near 1.
+    rho = tl.load(r_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g)
+    A_rb = tl.where(upto, multiply(rho, beta, no_cc, HOW, YT=True), 0.0)
+    if SAVE:
         P = multiply(A_rb, X, no_cc, HOW)
         store_scaled(P, mix_ptr + cc, in_cc, scale_ptr + 2 * C, t1)
-    W = multiply(X, alpha, no_ck, HOW)
-    if SAVE:
-        tl.store(remove_ptr + ck, narrow(W * to_start[None, :], HOW), in_ck)
-    M = multiply(W, beta, tl.zeros([BK, BK], tl.float32), HOW, XT=True)
-    M *= to_start[:, None] * to_end[None, :]
-    square = move_ptr + kc[:, None] * K + kc[None, :]
-    tl.store(square, narrow(M, HOW), k1[:, None] & k1[None, :])
-    Q = multiply(A_rb, W, rho, HOW) * to_start[None, :]
+    A_rk = tl.where(upto, multiply(rho, kappa, no_cc, HOW, YT=True), 0.0)
+    A_rb, power = halved(A_rb, HOW)
+    G = A_rk + tl.dot(A_rb, N, input_precision=PRECISION) * power[:, None]
+    store_scaled(G, direct_ptr + cc, in_cc, scale_ptr + C, t1)
+    Q = rho * to_start[None, :] + tl.dot(A_rb, W, input_precision=PRECISION) * power[:, None]
     store_scaled(Q, query_ptr + ck, in_ck, scale_ptr, t1)

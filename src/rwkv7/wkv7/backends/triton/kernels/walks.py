@@ -18,6 +18,20 @@ from .tiles import (
 )
 
 
+@triton.jit
+def walk_product(S, half, power, M, HOW: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """S·M, or S·Mᵀ: of S as `halved` gives it where M is fp16, of S itself where M is fp32.
+
+    S·D + S·M is smaller than either where a chunk forgets much, so for fp16 inputs, held to finer
+    bounds than bf16 ones, M is kept in fp32.
+    """
+    if M.dtype == tl.float32:
+        product = multiply(S, M, tl.zeros(S.shape, tl.float32), HOW, YT=TRANSPOSED)
+    else:
+        product = tl.dot(half, tl.trans(M) if TRANSPOSED else M) * power[:, None]
+    return product
+
+
 @triton.jit(do_not_specialize=["T", "H"])
 def walk_states(
     decay_ptr: tl.tensor,
@@ -89,7 +103,8 @@ def walk_states(
             if SAVE:
                 tl.store(states_scale + index * V + vc, power, v1)
                 tl.store(kept, half, inside)
-            S = S * D[None, :] + B + tl.dot(half, M) * power[:, None]
+            S_M = walk_product(S, half, power, M, HOW, False)
+            S = S * D[None, :] + B + S_M
             rows = tl.load(scale, t < C, other=0.0)
             Y += tl.dot(Q, tl.trans(half)) * rows[:, None] * power[None, :]
         else:
@@ -176,7 +191,7 @@ def walk_states_back(
             tl.store(dstates_scale + index * V + vc, power, v1)
             tl.store(kept, half, inside)
             dv += tl.dot(R, tl.trans(half)) * power[None, :]
-            E = F + tl.dot(half, tl.trans(M)) * power[:, None]
+            E = F + walk_product(E, half, power, M, HOW, True)
         else:
             tl.store(kept, E, inside)
             dv = tl.dot(R, tl.trans(E), acc=dv, input_precision=HOW)

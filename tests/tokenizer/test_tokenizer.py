@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import pytest
@@ -64,7 +65,7 @@ def test_world_without_its_package_says_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match='"byte", "world", found \'words\''):
+    with pytest.raises(ValueError, match='"byte", "world", or the path of .*, found \'words\''):
         get_tokenizer("words")
 
 
@@ -92,3 +93,30 @@ def test_stream_shows_stray_and_unfinished_bytes() -> None:
     assert decoder.feed(0xE8) == "" and decoder.pending == b"\xe8"
     assert decoder.flush() == "\ufffd" and decoder.pending == b""
     assert decoder.feed(65) == "A"
+
+
+CHARACTERS = st.text(max_size=12) | st.sampled_from(["🌍👩‍🚀", "起初", "é" * 3, "\u0301a"])
+
+
+@given(CHARACTERS, st.lists(st.integers(0, 60)))
+@settings(max_examples=100, deadline=None)
+def test_whole_characters_however_the_bytes_are_cut(text: str, cuts: list[int]) -> None:
+    """Every piece is valid on its own, whatever the pieces that the bytes come in."""
+    data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").encode()
+    expected = data.decode()
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
+
+    class Pieces(ByteTokenizer):
+        vocab_size = max(len(pieces), 1)
+
+        def decode_bytes(self, ids):  # type: ignore[no-untyped-def]
+            return b"".join(pieces[i] for i in ids)
+
+    decoder, shown = StreamDecoder(Pieces()), ""
+    for number in range(len(pieces)):
+        new = decoder.feed(number)
+        shown += new
+        assert expected.startswith(shown)
+        assert len(decoder.pending) <= 3
+    assert shown == expected and decoder.flush() == ""

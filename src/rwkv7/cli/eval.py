@@ -1,0 +1,69 @@
+"""`rwkv7 eval`: what a model makes of texts and tests in files, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rwkv7.evaluation_tasks import evaluate_file
+from rwkv7.files import check_destination, write_atomically
+
+from .terminal import read_model, say, tokenizer_of
+
+
+def eval(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
+    ],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Texts, and tests in .jsonl.")
+    ],
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file too.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
+    ] = None,
+) -> None:
+    """Measure a model on files.
+
+    A text gives its loss, perplexity and bits per byte, read from start to end with the state
+    carried. A .jsonl file holds one test a line: {"context": …, "choices": […], "answer": 0} for
+    multiple choice, or {"text": …} for the last word of a text, as in LAMBADA.
+    """
+    if json_out is not None:
+        check_destination(json_out)
+    for file in files:
+        file.open("rb").close()  # what is not there is said before the model is read
+    network = read_model(model, device)
+    tokenizer = tokenizer_of(network.config.vocab_size)
+    results = []
+    for file in files:
+        say(f"reading {file}")
+        results.append({"file": str(file), **evaluate_file(network, tokenizer, file)})
+    _show(results)
+    if json_out is not None:
+        text = json.dumps({"model": str(model), "results": results}, indent=2)
+        write_atomically(json_out, lambda path: _write(path, text))
+
+
+def _show(results: list[dict[str, float | int | str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "what", "figures")
+    for result in results:
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {x:.4g}" if isinstance(x, float) else f"{x:,} {name}"
+            for name, x in result.items()
+            if not isinstance(x, str)
+        )
+        table.add_row(Path(str(result["file"])).name, str(result["kind"]), figures)
+    Console().print(table)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8")

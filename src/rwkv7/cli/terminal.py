@@ -1,0 +1,65 @@
+"""What the verbs that write text share: a model read with a word about it, Ctrl-C, stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rwkv7.machine import device_called
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import Tokenizer, get_tokenizer
+from rwkv7.weights import load_model
+
+
+def read_model(path: Path, device: str | None) -> RWKV7:
+    """The model at `path`, on the device named or the best there is, told about on stderr."""
+    start = time.perf_counter()
+    network = load_model(path, device=device_called(device)).eval()
+    sizes = network.config
+    say(
+        f"{path}: {sizes.layers} layers, width {sizes.width}, on {network.device} "
+        f"({time.perf_counter() - start:.1f} s)"
+    )
+    return network
+
+
+def tokenizer_of(vocab_size: int) -> Tokenizer:
+    """The one that goes with a vocabulary of this size; ValueError where none is known."""
+    names = {256: "byte", 65536: "world"}
+    if vocab_size not in names:
+        known = ", ".join(f"{size} ({name})" for size, name in names.items())
+        raise ValueError(f"MODEL: no tokenizer for its {vocab_size} tokens; known sizes: {known}")
+    return get_tokenizer(names[vocab_size])
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C is only noted, so that the session stays whole; a second one interrupts."""
+    noted = False
+
+    def note(*_: object) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show_whatever_comes() -> None:
+    """Have a terminal that cannot show a character print a question mark, not an error."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, which keeps stdout for the model's text."""
+    print(line, file=sys.stderr, flush=True)

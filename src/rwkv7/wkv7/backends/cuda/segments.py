@@ -1,0 +1,53 @@
+"""Few long sequences: segments walked at once, joined by what each does to any state.
+
+A segment takes the state S to S·M + B, and the gradient E of the state after it to E·Mᵀ + F. M is
+the walk of the identity without v, B that of the empty state, F the walk back of no gradient; a
+chain over the segments then gives each its state, and its gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rwkv7.wkv7.contract import Call
+
+__all__ = ["Segments"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A call cut into segments of `tokens`: `call` is it as a packed one, a segment a sequence."""
+
+    whole: Call
+    call: Call
+    tokens: int
+
+    @staticmethod
+    def of(whole: Call, tokens: int) -> Segments:
+        """`whole` [B, T, …] cut every `tokens` tokens from each sequence's start."""
+        B, T, *_ = whole.sizes
+        count = -(-T // tokens)
+        at = torch.arange(B * count + 1, device=whole.r.device)
+        offsets = at // count * T + (at % count * tokens).clamp(max=T)
+        inputs = {name: getattr(whole, name).reshape(1, B * T, *getattr(whole, name).shape[2:])
+                  for name in ("r", "w", "k", "v", "a", "b")}  # fmt: skip
+        return Segments(whole, replace(whole, **inputs, state=None, cu_seqlens=offsets), tokens)
+
+    @property
+    def each(self) -> int:
+        """Segments of a sequence."""
+        return -(-self.whole.sizes[1] // self.tokens)
+
+    @property
+    def map_words(self) -> int:
+        """fp32 words of all maps; a multiple of four, so that what lies behind is aligned."""
+        _, _, H, K, _ = self.whole.sizes
+        return self.call.sequences * H * K * K
+
+    def maps(self, memory: Tensor) -> Tensor:
+        """The beginning of the flat `memory` as a map a segment, fp32 [B · segments, H, K, K]."""
+        _, _, H, K, _ = self.whole.sizes
+        return memory[: self.map_words].view(self.call.sequences, H, K, K)

@@ -1,0 +1,63 @@
+"""`rwkv7 eval`: a table, the same figures as JSON, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from talking_model import REFRAIN, talking_model
+
+from rwkv7.cli import main
+from rwkv7.weights import save_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "talking.safetensors"
+    save_model(talking_model(), path)
+    return path
+
+
+@pytest.fixture
+def evaluated(checkpoint, capfd, tmp_path):
+    """Evaluate these files: (exit code, stdout, stderr)."""
+    (tmp_path / "text.txt").write_bytes(REFRAIN * 20)
+    (tmp_path / "words.jsonl").write_text('{"text": "what is a"}\n{"text": "so it is"}\n')
+    question = {"context": "a", "choices": ["é", "zz"], "answer": 0}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    (tmp_path / "wrong.jsonl").write_text('{"text": "what is a"}\n{"text": 3}\n')
+
+    def run(*names, options=()):
+        paths = [str(tmp_path / name) for name in names]
+        with pytest.raises(SystemExit) as ended:
+            main(["eval", str(checkpoint), *paths, "--device", "cpu", *options])
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def test_a_table_and_json(evaluated, tmp_path):
+    names = ("text.txt", "words.jsonl", "questions.jsonl")
+    code, out, _ = evaluated(*names, options=("--json", str(tmp_path / "out.json")))
+    assert code == 0
+    assert all(name in out for name in names)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    text, words, questions = results
+    assert text["kind"] == "text"
+    assert text["bits_per_byte"] < 4
+    assert words["texts"] == 2
+    assert (questions["accuracy"], questions["questions"]) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (("text.txt", "none.txt"), "none.txt: No such file"),
+        (("wrong.jsonl",), 'wrong.jsonl, line 2: "text" should be a text'),
+    ],
+)
+def test_mistakes_are_one_line(evaluated, names, line):
+    code, out, err = evaluated(*names)
+    assert (code, out) == (2, "")
+    assert line in err.splitlines()[-1]
