@@ -79,6 +79,11 @@ def test_gradients(case: Case) -> None:
     assert not failures(case, CPU, torch.bfloat16)
 
 
+@pytest.mark.xfail(reason="what must cancel in dw is rounded on one side only", strict=True)
+def test_dw_vanishes_where_there_is_nothing_to_decay() -> None:
+    assert not failures(Case(T=1, state="none", through="state", **ONE), CPU, torch.bfloat16)
+
+
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_gradients_in_fp16(case: Case) -> None:
     assert not failures(case, CPU, torch.float16)
