@@ -79,7 +79,7 @@ def test_threads_are_set_and_kept(tmp_path):
         (("--device", "abacus"), "error: device: 'abacus' cannot be used"),
         (("--work", "play"), "error: --work: expected one or more of operator, repeated-key"),
         (("--work", "decoding", "--shape", "1x2x3x4"), "error: --shape: expected T = 1"),
-        (("--backend", "abacus"), "error: backend: expected one of torch"),
+        (("--backend", "abacus"), "error: backend: expected one of cuda, triton, torch, reference"),
         (
             ("--against", "rwkv"),
             "error: --against: expected one of fla, fla:16, fla:32, fla:64, found 'rwkv'",
