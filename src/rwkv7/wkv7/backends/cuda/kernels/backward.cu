@@ -83,8 +83,9 @@ DEVICE void store_state(char* tile, const Rows& state) {
         store_rows(tile, 16 * warp_id(), block, &state.s[2 * block]);
 }
 
-// The states before the steps, and what the steps remove; leaves the state after the chunk. Those
-// before steps 2 and 3 go to shared memory, that before step 1 stays with the warp.
+// The states before the steps, and what the steps remove; leaves the state after the chunk, in the
+// units of its last step's middle. Those before steps 2 and 3 go to shared memory, that before
+// step 1 stays with the warp.
 DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -118,7 +119,6 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
             mma_pair(&state.s[2 * block], u[step], b);
         }
     }
-    times_channels(state, step_to_end(shared, STEPS - 1));
 }
 
 // By rows of V: Z and E into shared memory, dv of the step given, E before the step.
@@ -317,16 +317,20 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
     }
 }
 
-// Σ_v S ∘ E of the state after the chunk, for the warp's channels: what `after` starts from.
+// Σ_v S ∘ E of the state after the chunk, for the warp's channels: what `after` starts from. E is
+// rounded as the gradients of the keys will see it, so that a state which began empty leaves nothing.
 DEVICE void passing_on(char* shared, const Rows& state, const Rows& E, float after[4]) {
     float* sums = (float*)(shared + SUMS);
     const int lane = lane_id(), p = (lane & 3) * 2;
+    const float* to_end = step_to_end(shared, STEPS - 1);
     sync_block();
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float x = state.s[n][i] * E.s[n][i] + state.s[n][2 + i] * E.s[n][2 + i];
+            const float f = to_end[8 * n + p + i];
+            const u32 e = pack_half(E.s[n][i] * f, E.s[n][2 + i] * f);
+            float x = state.s[n][i] * low_half(e) + state.s[n][2 + i] * high_half(e);
 #pragma unroll
             for (int mask = 4; mask < 32; mask <<= 1) x += shuffle_xor(x, mask);
             if (lane < 4) sums[warp_id() * N + 8 * n + p + i] = x;
