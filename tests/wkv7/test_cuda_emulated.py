@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from wkv7.cases import Case, Place, arguments, exact, failures, make_inputs
-from wkv7.emulation import Emulator, Guard, emulate, why_not
+from wkv7.emulation import LARGE, Emulator, Guard, emulate, why_not
 
 from rwkv7.wkv7 import wkv7
-from rwkv7.wkv7.backends import cuda
-from rwkv7.wkv7.backends.cuda import CudaBackend, plan
+from rwkv7.wkv7.backends.cuda import CudaBackend, launch, plan
 from rwkv7.wkv7.contract import Call
 from rwkv7.wkv7.tolerance import BOUNDS, compare, relative_error
 
@@ -119,16 +118,37 @@ def test_segments_at_once(
     values: str, state: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sequences of four segments, the last ones ragged, joined by their maps."""
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(plan, "FEWEST_SEGMENTS", 4)
     case = Case(T=230, values=values, state=state, **{**ONE, "B": 2})
     emulator.launches.clear()
     assert not failures(case, CPU, torch.bfloat16)
-    forward, backward = (
-        ["forward", "forward", "chain", "forward"],
-        ["backward", "chain", "backward"],
-    )
+    forward = ["forward pipelined", "forward pipelined", "chain", "forward pipelined"]
+    backward = ["backward pipelined", "chain", "backward pipelined"]
     assert emulator.launches == forward + backward
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(T=T, state=state, **ONE) for T, state in ((1, "none"), (130, "random"))),
+        Case(T=300, values="same key", **ONE),
+        Case(T=70, decay="log_bounded", wide_w=True, **ONE),
+        Case(offsets=PACKED, **{**ONE, "H": 2}),
+        Case(T=70, through="y", **ONE),
+    ],
+    ids=str,
+)
+def test_pipelined(case: Case, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More warps a block compute the same."""
+    given, options = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
+    alone = wkv7(*given, **options)
+    monkeypatch.setattr(launch, "card", lambda device: LARGE)
+    emulator.launches.clear()
+    assert all(map(torch.equal, wkv7(*given, **options), alone))
+    assert not failures(case, CPU, torch.bfloat16)
+    assert set(emulator.launches) == {"forward pipelined", "backward pipelined"}
 
 
 def test_strides_and_addresses_are_free() -> None:

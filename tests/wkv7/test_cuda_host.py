@@ -263,9 +263,8 @@ def test_calls_that_no_kernel_takes(asked: Call, reason: str | None) -> None:
 def test_cards_that_are_refused(
     capability: tuple[int, int], kib: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.setattr(launch, "card", lambda device: plan.Card(108, kib * 1024))
     monkeypatch.setattr(compiler, "why_not", lambda target: f"not for {target}")
     found = cuda._card_refuses.__wrapped__(0)
     assert found is not None and reason in found

@@ -28,7 +28,7 @@ static void (*body)();
 static inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 struct Barrier { int waiting; long turn; };
-static Barrier warp_barrier[MOST_THREADS / LANES], block_barrier;
+static Barrier warp_barrier[MOST_THREADS / LANES], block_barrier, group_barrier[16];
 static inline void wait(Barrier& b, int count) {
     long turn = b.turn;
     if (++b.waiting == count) { b.waiting = 0; b.turn++; return; }
@@ -38,6 +38,7 @@ static inline int lane_id() { return current % LANES; }
 static inline int warp_id() { return current / LANES; }
 static inline void sync_warp() { wait(warp_barrier[warp_id()], LANES); }
 static inline void sync_block() { wait(block_barrier, block_threads); }
+static inline void sync_group(int barrier, int threads) { wait(group_barrier[barrier], threads); }
 
 static inline u32 bits_of(float x) { u32 r; memcpy(&r, &x, 4); return r; }
 static inline float from_bits(u32 x) { float r; memcpy(&r, &x, 4); return r; }

@@ -9,14 +9,13 @@ compiler nor the driver.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv7.wkv7.contract import Call
 
-from . import compiler, plan
+from . import compiler, launch, plan
 from .segments import Segments
 from .walks import chain, walk, walk_back
 
@@ -106,20 +105,15 @@ def _card_refuses(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < _FIRST_CAPABILITY:
         return "needs compute capability 8.0 or later, found {}.{}".format(*capability)
-    card: Any = torch.cuda.get_device_properties(index)  # torch's stubs lack the attribute
-    shared = card.shared_memory_per_block_optin
-    if shared < plan.LARGEST_SHARED:
-        kib = plan.LARGEST_SHARED / 1024
+    shared = launch.card(torch.device("cuda", index)).shared
+    if shared < plan.LEAST_SHARED:
+        kib = plan.LEAST_SHARED / 1024
         return f"needs {kib:.0f} KiB of shared memory a block, this card has {shared / 1024:.0f}"
     return compiler.why_not(compiler.architecture(capability))
 
 
 def _segment(call: Call) -> int | None:
-    return plan.segment(call, _multiprocessors(call.r.device))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return plan.segment(call, launch.card(call.r.device))
 
 
 def _states(call: Call) -> Tensor:

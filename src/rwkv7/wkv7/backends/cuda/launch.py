@@ -14,7 +14,14 @@ import torch
 
 from . import compiler
 from .compiler import checked
-from .plan import Kernel, Macros
+from .plan import Card, Kernel, Macros
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """What plans depend on, of an NVIDIA GPU."""
+    found: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack an attribute
+    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def launch(

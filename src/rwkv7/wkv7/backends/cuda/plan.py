@@ -32,12 +32,14 @@ class Kernel:
         threads: of a block.
         shared: bytes of dynamic shared memory a block; with w in 16 bits, with w in 32.
         constant: the source's own name for `shared`; that they agree is checked when it compiles.
+        pipelined: the kernel's form for few sequences and heads, with more warps a block.
     """
 
     name: str
     threads: int
     shared: tuple[int, int]
     constant: str
+    pipelined: bool = False
 
     @property
     def entry(self) -> str:
@@ -51,6 +53,7 @@ class Kernel:
     def program(self, macros: Macros) -> str:
         """What is compiled: the file, and a check that this table knows its shared memory."""
         return (
+            f"#define PIPELINED {int(self.pipelined)}\n"
             f'#include "{self.name}.cu"\n'
             f"static_assert({self.constant} == {self.shared_bytes(macros)}, "
             f'"plan.py has another size for the shared memory of {self.name}.cu");\n'
@@ -58,16 +61,19 @@ class Kernel:
 
 
 FORWARD = Kernel("forward", threads=128, shared=(56384, 64576), constant="FORWARD_BYTES")
+FORWARD_PIPELINED = Kernel("forward", 256, (112768, 129152), "FORWARD_BYTES", pipelined=True)
 BACKWARD = Kernel("backward", threads=128, shared=(114752, 122944), constant="SHARED_BYTES")
+BACKWARD_PIPELINED = Kernel("backward", 384, (213136, 229520), "SHARED_BYTES", pipelined=True)
 CHAIN = Kernel("chain", threads=128, shared=(33280, 33280), constant="CHAIN_BYTES")
-KERNELS = (FORWARD, BACKWARD, CHAIN)
+KERNELS = (FORWARD, FORWARD_PIPELINED, BACKWARD, BACKWARD_PIPELINED, CHAIN)
 # Blocks of `forward` that share a multiprocessor.
 BLOCKS = 4
 # Segments cost two more walks forward and one more backward; below these bounds that is too much
-# (H100: 96 sequences and heads are as fast in one walk, 32 more than twice as fast in segments).
-SHORTEST_SEGMENT, FEWEST_SEGMENTS = 512, 4
+# (H100, forward and both, ms: 1x8192x32 takes 0.96 and 3.30 whole, 1.16 and 3.35 in 16 segments;
+# 1x65536x32 takes 5.99 and 23.1 whole, 3.43 and 7.91 in 17).
+SHORTEST_SEGMENT, FEWEST_SEGMENTS = 1024, 12
 # A card must have this much shared memory for a block.
-LARGEST_SHARED = max(max(kernel.shared) for kernel in KERNELS)
+LEAST_SHARED = max(max(kernel.shared) for kernel in KERNELS if not kernel.pipelined)
 
 
 def refuses(call: Call) -> str | None:
@@ -93,12 +99,41 @@ def macros(call: Call, own: Mapping[str, bool]) -> Macros:
     )
 
 
-def segment(call: Call, multiprocessors: int) -> int | None:
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What plans depend on: how many multiprocessors, and bytes of shared memory for a block."""
+
+    multiprocessors: int
+    shared: int
+
+
+def forward(call: Call, card: Card) -> Kernel:
+    """The form of the kernel that fills the card."""
+    return _fuller(call, card, FORWARD_PIPELINED) or FORWARD
+
+
+def backward(call: Call, card: Card) -> Kernel:
+    """The form of the kernel that fills the card."""
+    return _fuller(call, card, BACKWARD_PIPELINED) or BACKWARD
+
+
+def _fuller(call: Call, card: Card, kernel: Kernel) -> Kernel | None:
+    """The pipelined kernel, where a multiprocessor has but one sequence and head to walk.
+
+    H100, forward and both: 96 sequences and heads take 10 % and 6 % less time with it, 256 take
+    8 % and 18 % more. It computes the same, but a compiler may round one source in two ways.
+    """
+    _, _, H, *_ = call.sizes
+    alone = not call.invariant and call.sequences * H <= card.multiprocessors
+    return kernel if alone and max(kernel.shared) <= card.shared else None
+
+
+def segment(call: Call, card: Card) -> int | None:
     """Tokens of the segments that every sequence is cut into, or None: one walk a sequence."""
     B, T, H, *_ = call.sizes
-    if call.invariant or call.cu_seqlens is not None or multiprocessors < 2 * B * H:
+    if call.invariant or call.cu_seqlens is not None or card.multiprocessors < 2 * B * H:
         return None
-    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (BLOCKS * multiprocessors)))
+    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (BLOCKS * card.multiprocessors)))
     tokens = -(-tokens // CHUNK) * CHUNK
     return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
 

@@ -38,7 +38,7 @@ def walk(
         *_addresses(offsets),
     )
     own = {"SAVE": saved is not None, "OUTPUT": y is not None, "VALUES": values}
-    _launch(plan.FORWARD, call, own, arguments)
+    _launch(plan.forward(call, launch.card(call.r.device)), call, own, arguments)
 
 
 def walk_back(
@@ -62,7 +62,8 @@ def walk_back(
         *_saved_addresses(saved, call),
         *_addresses(*(gradients or (None,) * 6), dinitial, offsets),
     )
-    _launch(plan.BACKWARD, call, {"GRADIENTS": gradients is not None}, arguments)
+    kernel = plan.backward(call, launch.card(call.r.device))
+    _launch(kernel, call, {"GRADIENTS": gradients is not None}, arguments)
 
 
 def chain(

@@ -6,35 +6,45 @@
 //   by channels (a warp its 16): dr, da, dk, db, and from them dw.
 // E is the gradient of the state after a token, Z that of A_ak·V + α·Sᵀ. Everything on the side of V
 // is divided by one power of two for the chunk, everything on the side of the gradients by another.
-// The macro GRADIENTS 0 leaves out all but the gradient of the initial state.
+// The macro GRADIENTS 0 leaves out all but the gradient of the initial state. PIPELINED 1 is for few
+// sequences and heads: the first four warps go by rows, four more by channels, a step behind them, and
+// four prepare the next chunk in a buffer of its own.
 #define BACKWARD 1
 #define WITH_R 1
 #define WITH_K GRADIENTS
 #define WITH_MOVE GRADIENTS
 #include "state.cuh"
 
-// Beside what chunk.cuh lays out: U, in W's place; dv, at last in that of W_b; V; dY; E; the states
-// before steps 3 and 2, later those before steps 1 and 0; Z of one step.
+// Beside what chunk.cuh lays out, a chunk has: U, in W's place; dv, at last in that of W_b; V; dY.
 constexpr int U = MOVE;
 constexpr int V = MOVE_BACK + TILE;
 constexpr int DY = V + TILE;
-constexpr int E_TILE = DY + TILE;
-constexpr int STATES = E_TILE + TILE;
-constexpr int Z = STATES + 2 * TILE;
-constexpr int SUMS = Z;  // over the block, between two walks
-constexpr int SHARED_BYTES = Z + STEP * N * 2;
+constexpr int BUFFER = DY + TILE;
+// The block has: E; Z of one step; the states before steps 3 and 2, later those before steps 1 and 0.
+// E and Z twice if those who read them are a step behind.
+constexpr int E_TILE = (1 + PIPELINED) * BUFFER;
+constexpr int STATES = E_TILE + (1 + PIPELINED) * TILE;
+constexpr int Z = STATES + 2 * TILE, Z_BYTES = STEP * N * 2;
+constexpr int UNIT = Z + (1 + PIPELINED) * Z_BYTES;  // for those who do not walk
+constexpr int SHARED_BYTES = UNIT + 16 * PIPELINED;
 
-DEVICE char* state_tile(char* shared, int step) {
-    return shared + STATES + (step & 1) * TILE;
-}
+// Barriers of the groups; a block of one group has but one.
+enum { WALKING = 1, CHANNELS, BOTH };
+DEVICE void sync_walking() { PIPELINED ? sync_group(WALKING, GROUP) : sync_block(); }
+DEVICE void sync_channels() { PIPELINED ? sync_group(CHANNELS, GROUP) : sync_block(); }
+DEVICE void sync_both() { PIPELINED ? sync_group(BOTH, 2 * GROUP) : sync_block(); }
 
-// The largest number of the block, the same for all its threads.
-DEVICE float block_max(char* shared, float x) {
-    float* sums = (float*)(shared + SUMS);
+DEVICE char* state_tile(int step) { return shared_memory + STATES + (step & 1) * TILE; }
+DEVICE char* e_tile(int step) { return shared_memory + E_TILE + (step & PIPELINED) * TILE; }
+DEVICE char* z_tile(int step) { return shared_memory + Z + (step & PIPELINED) * Z_BYTES; }
+
+// The largest number of the walking warps, the same for all their threads.
+DEVICE float group_max(float x) {
+    float* sums = (float*)z_tile(0);
     x = warp_max(x);
-    sync_block();
+    sync_walking();
     if (lane_id() == 0) sums[warp_id()] = x;
-    sync_block();
+    sync_walking();
     return fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
 }
 
@@ -99,7 +109,7 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
         if (step == 1)
 #pragma unroll
             for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
-        if (step > 1) store_state(state_tile(shared, step), state);
+        if (step > 1) store_state(state_tile(step), state);
         left_transposed(v, shared + V, first, warp_id());
         columns_square(b, step_squares(shared, step));
         mma_pair(removed, v, b);
@@ -128,7 +138,7 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     u32 dy[4], b[4], high[4];
     float z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
-    if (GRADIENTS) store_state(shared + E_TILE, E);
+    if (GRADIENTS) store_state(e_tile(step), E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
     mma_pair(z, dy, b);
@@ -149,7 +159,7 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
         }
     }
     as_left(high, z);
-    if (GRADIENTS) store_transposed(shared + Z, 0, warp_id(), high);
+    if (GRADIENTS) store_transposed(z_tile(step), 0, warp_id(), high);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         rows_operand(b, shared + R, first, block);
@@ -162,8 +172,8 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
 
 // A warp's score gradient: dA_rk, dA_rb, dA_ak, dA_ab for warps 0 to 3, in the step's squares.
 DEVICE void score_gradients(char* shared, int step) {
-    const int first = STEP * step, warp = warp_id();
-    const char* rows = warp < 2 ? shared + DY : shared + Z;
+    const int first = STEP * step, warp = quarter();
+    const char* rows = warp < 2 ? shared + DY : z_tile(step);
     const char* columns = warp & 1 ? shared + U : shared + V;
     float d[2][4] = {};
 #pragma unroll
@@ -205,7 +215,7 @@ struct Gradients {  // of a step's operands, the warp's 16 channels
 };
 
 DEVICE void channel_gradients(const char* shared, int step, const char* squares, Gradients& d) {
-    const int first = STEP * step, warp = warp_id();
+    const int first = STEP * step, warp = quarter();
     u32 x[4], y[4], c[4], e[4];
     d = {};
     rows_operand(x, shared + K, first, warp), rows_operand(y, shared + B, first, warp);
@@ -218,12 +228,12 @@ DEVICE void channel_gradients(const char* shared, int step, const char* squares,
     left_square_transposed(c, squares + 2 * SQUARE), mma_pair(d.k, c, y);
     left_square_transposed(c, squares + SQUARE), mma_pair(d.b, c, x);
     left_square_transposed(c, squares + 3 * SQUARE), mma_pair(d.b, c, y);
-    const char* state = state_tile((char*)shared, step);
+    const char *state = state_tile(step), *back = e_tile(step), *z = z_tile(step);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(x, state, 16 * block, warp), rows_operand(e, shared + E_TILE, 16 * block, warp);
+        rows_operand(x, state, 16 * block, warp), rows_operand(e, back, 16 * block, warp);
         left_operand(c, shared + DY, first, block), mma_pair(d.r, c, x);
-        left_operand(c, shared + Z, 0, block), mma_pair(d.a, c, x);
+        left_operand(c, z, 0, block), mma_pair(d.a, c, x);
         left_operand(c, shared + V, first, block), mma_pair(d.k, c, e);
         left_operand(c, shared + U, first, block), mma_pair(d.b, c, e);
     }
@@ -240,7 +250,7 @@ DEVICE float decay_slope(float w) {  // of the base-e log decay to w
 // tokens behind it, for columns 2 (lane % 4) + {0, 1, 8, 9} of the warp's channels; moves on.
 DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* w, char* dw,
                         i64 stride, int left, float unit, float after[4]) {
-    const int first = STEP * step, lane = lane_id(), q = lane >> 2, warp = warp_id();
+    const int first = STEP * step, lane = lane_id(), q = lane >> 2, warp = quarter();
     const float* scales = step_scales(shared, step);
     const float r_unit = unit * inverse_power(scales[0]), k_unit = unit * inverse_power(scales[1]);
     const float a_unit = unit * inverse_power(scales[2]), b_unit = unit * scales[2];
@@ -317,13 +327,17 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
     }
 }
 
-// Σ_v S ∘ E of the state after the chunk, for the warp's channels: what `after` starts from. E is
-// rounded as the gradients of the keys will see it, so that a state which began empty leaves nothing.
-DEVICE void passing_on(char* shared, const Rows& state, const Rows& E, float after[4]) {
-    float* sums = (float*)(shared + SUMS);
+// A walking warp's sums, where Nᵀ was split before and the last of the scores' gradients will be.
+DEVICE float* sums_of(char* shared, int warp) {
+    return (float*)(step_squares(shared, warp) + 3 * SQUARE);
+}
+// Σ_v S ∘ E of the state after the chunk, into shared memory: E rounded as the gradients of the keys
+// will see it, so that a state which began empty leaves nothing.
+DEVICE void passing_on(char* shared, const Rows& state, const Rows& E) {
+    float* sums = sums_of(shared, warp_id());
     const int lane = lane_id(), p = (lane & 3) * 2;
     const float* to_end = step_to_end(shared, STEPS - 1);
-    sync_block();
+    sync_walking();
 #pragma unroll
     for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -333,28 +347,59 @@ DEVICE void passing_on(char* shared, const Rows& state, const Rows& E, float aft
             float x = state.s[n][i] * low_half(e) + state.s[n][2 + i] * high_half(e);
 #pragma unroll
             for (int mask = 4; mask < 32; mask <<= 1) x += shuffle_xor(x, mask);
-            if (lane < 4) sums[warp_id() * N + 8 * n + p + i] = x;
+            if (lane < 4) sums[8 * n + p + i] = x;
         }
-    sync_block();
+    sync_walking();
+}
+// The sums of the warp's channels: what `after` of finish_step starts from.
+DEVICE void arriving(char* shared, float after[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int channel = 16 * warp_id() + (i >> 1) * 8 + p + (i & 1);
-        after[i] = (sums[channel] + sums[N + channel]) + (sums[2 * N + channel] + sums[3 * N + channel]);
+        const int channel = 16 * quarter() + (i >> 1) * 8 + (lane_id() & 3) * 2 + (i & 1);
+        after[i] = (sums_of(shared, 0)[channel] + sums_of(shared, 1)[channel]) +
+                   (sums_of(shared, 2)[channel] + sums_of(shared, 3)[channel]);
     }
 }
 
+// A whole tile of finished gradients to memory, by one group.
 DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
-    for (int i = threadIdx.x; i < CHUNK * 8; i += 128) {
+    for (int i = group_thread(); i < CHUNK * 8; i += GROUP) {
         const int row = i >> 3, piece = i & 7;
         if (row < left)
             *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
     }
 }
 
+// Brings E and dY of a chunk to one power of two; gives E's.
+DEVICE float scale_back(char* shared, Rows& E, float e_scale) {
+    float r_scales[STEPS];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) r_scales[step] = step_scales(shared, step)[0];
+    const float most = fmaxf(largest(E) * e_scale, largest_scaled(shared + DY, r_scales));
+    const float next = power_of_two(group_max(most));
+    times(E, e_scale * inverse_power(next));
+    scale_tile(shared + DY, r_scales, inverse_power(next));
+    sync_walking();
+    return next;
+}
+
+// The same for V and the state that was saved before the chunk, of whose rows the scales are given.
+DEVICE float scale_values(char* shared, const float* saved_scale) {
+    float k_scales[STEPS], most = 0;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) k_scales[step] = step_scales(shared, step)[1];
+    for (int row = lane_id(); row < N; row += 32) most = fmaxf(most, saved_scale[row]);
+    const float scale =
+        power_of_two(group_max(fmaxf(most, largest_scaled(shared + V, k_scales))));
+    scale_tile(shared + V, k_scales, inverse_power(scale));
+    sync_walking();
+    return scale;
+}
+
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(128, 2)
+__global__ void __launch_bounds__(PIPELINED ? 3 * GROUP : GROUP, PIPELINED ? 1 : 2)
 wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
               const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
               const char* __restrict__ dy, const float* __restrict__ dfinal,
@@ -362,107 +407,113 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
               char* __restrict__ dr, char* __restrict__ dw, char* __restrict__ dk,
               char* __restrict__ dv, char* __restrict__ da, char* __restrict__ db,
               float* __restrict__ dinitial, const i64* __restrict__ offsets, int T, int H) {
-    char* shared = shared_memory;
     const int pair = blockIdx.x, s = pair / H, h = pair % H;
     const i64 start = PACKED ? offsets[s] : (i64)s * T;
     const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
-    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
+    const int chunks = (tokens + CHUNK - 1) / CHUNK;
+    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * chunks;
+    const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
+    const int group = warp_id() >> 2;
+    const bool walks = !PIPELINED || group == 0, by_channels = !PIPELINED || group == 1;
+    const bool prepares = !PIPELINED || group == 2;
+    float* unit_of_block = (float*)(shared_memory + UNIT);
     Rows E = {};
     float e_scale = 1;
-    if (dfinal) read_rows(E, dfinal + (i64)pair * N * N);
-    const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
-    for (int n = (tokens + CHUNK - 1) / CHUNK - 1; n >= 0; --n) {
-        const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
-        const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
-        load_tile(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
-        load_tile(shared + R, r + at * 2, stride * 2, left, 2);
-        load_tile(shared + A, a + at * 2, stride * 2, left, 2);
-        load_tile(shared + B, b + at * 2, stride * 2, left, 2);
-        if (GRADIENTS) {
-            load_tile(shared + K, k + at * 2, stride * 2, left, 2);
-            load_tile(shared + V, v + at * 2, stride * 2, left, 2);
+    if (dfinal && walks) read_rows(E, dfinal + (i64)pair * N * N);
+    for (int i = chunks - 1; i >= -PIPELINED; --i) {
+        if (prepares && i >= 0) {
+            char* shared = shared_memory + (i & PIPELINED) * BUFFER;
+            const int left = tokens - i * CHUNK;
+            const i64 at = (start + i * CHUNK) * stride + h * N;
+            load_rows(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
+            load_rows(shared + R, r + at * 2, stride * 2, left, 2);
+            load_rows(shared + A, a + at * 2, stride * 2, left, 2);
+            load_rows(shared + B, b + at * 2, stride * 2, left, 2);
+            if (GRADIENTS) {
+                load_rows(shared + K, k + at * 2, stride * 2, left, 2);
+                load_rows(shared + V, v + at * 2, stride * 2, left, 2);
+            }
+            load_rows(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
+            rows_loaded(shared, left);
+            prepare(shared);
         }
-        load_tile(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
-        copies_done();
-        sync_block();
-        if (left < CHUNK) {
-            fill_decays(shared, left);
-            sync_block();
-        }
-        prepare(shared);
-        sync_block();
-        float r_scales[STEPS];
+        if (!PIPELINED) sync_block();
+        const int n = i + PIPELINED;  // what is walked
+        if (n < chunks && (walks || by_channels)) {
+            char* shared = shared_memory + (n & PIPELINED) * BUFFER;
+            const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
+            const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
+            Rows state;
+            u32 second[4][4];
+            float after[4], v_scale = 1, unit = 1;
+            if (walks) e_scale = scale_back(shared, E, e_scale);
+            if (walks && GRADIENTS) {
+                u32 u[STEPS][4];
+                const float* saved_scale = states_scale + index * N;
+                v_scale = scale_values(shared, saved_scale);
+                unit = v_scale * e_scale;
+                if (PIPELINED && threadIdx.x == 0) *unit_of_block = unit;
+                read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
+                rebuild(shared, state, u, second);
+                passing_on(shared, state, E);  // waits for all: W is no longer needed
+                if (!PIPELINED) arriving(shared, after);
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) r_scales[step] = step_scales(shared, step)[0];
-        const float most = fmaxf(largest(E) * e_scale, largest_scaled(shared + DY, r_scales));
-        const float next = power_of_two(block_max(shared, most));
-        times(E, e_scale * inverse_power(next));
-        e_scale = next;
-        scale_tile(shared + DY, r_scales, inverse_power(e_scale));
-        sync_block();
-        if (!GRADIENTS) {
+                for (int step = 0; step < STEPS; ++step)
+                    store_transposed(shared + U, STEP * step, warp_id(), u[step]);
+            }
 #pragma unroll 1
             for (int step = STEPS - 1; step >= 0; --step) {
-                float none[2][4];
-                rows_back(shared, step, E, none);
+                float out[2][4] = {};
+                if (walks && GRADIENTS && step == 1)
+#pragma unroll
+                    for (int block = 0; block < N / 16; ++block)
+                        store_left(state_tile(1), 16 * warp_id(), block, second[block]);
+                if (walks && GRADIENTS && step == 0) {
+                    read_saved(state, states + index * N * N, states_scale + index * N,
+                               inverse_power(v_scale));
+                    times_channels(state, step_to_middle(shared, 0));
+                    store_state(state_tile(0), state);
+                }
+                if (walks) rows_back(shared, step, E, out);
+                if (!GRADIENTS) continue;
+                sync_both();
+                if (walks) {
+                    u32 rounded[4];
+                    const float v_unit = step_scales(shared, step)[1] * e_scale;
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        rounded[j] = pack_input(out[j >> 1][(j & 1) * 2] * v_unit,
+                                                out[j >> 1][(j & 1) * 2 + 1] * v_unit);
+                    store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
+                }
+                if (by_channels) {
+                    if (PIPELINED && step == STEPS - 1) {
+                        arriving(shared, after), unit = *unit_of_block;
+                        sync_channels();
+                    }
+                    Gradients d;
+                    score_gradients(shared, step);
+                    sync_channels();
+                    channel_gradients(shared, step, step_squares(shared, step), d);
+                    sync_warp();
+                    finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left,
+                                unit, after);
+                }
+                if (!PIPELINED) sync_block();
             }
-            sync_block();
-            continue;
-        }
-        float k_scales[STEPS], most_state = 0;
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) k_scales[step] = step_scales(shared, step)[1];
-        const float* saved_scale = states_scale + index * N;
-        for (int row = lane_id(); row < N; row += 32) most_state = fmaxf(most_state, saved_scale[row]);
-        const float v_scale =
-            power_of_two(block_max(shared, fmaxf(most_state, largest_scaled(shared + V, k_scales))));
-        scale_tile(shared + V, k_scales, inverse_power(v_scale));
-        sync_block();
-        Rows state;
-        u32 u[STEPS][4], second[4][4];
-        float after[4];
-        read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
-        rebuild(shared, state, u, second);
-        passing_on(shared, state, E, after);  // waits for all: W is no longer needed
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step)
-            store_transposed(shared + U, STEP * step, warp_id(), u[step]);
-        const float unit = v_scale * e_scale;
-#pragma unroll 1
-        for (int step = STEPS - 1; step >= 0; --step) {
-            float out[2][4] = {};
-            if (step == 1)
-#pragma unroll
-                for (int block = 0; block < N / 16; ++block)
-                    store_left(state_tile(shared, 1), 16 * warp_id(), block, second[block]);
-            if (step == 0) {
-                read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
-                times_channels(state, step_to_middle(shared, 0));
-                store_state(state_tile(shared, 0), state);
+            if (by_channels && GRADIENTS) {
+                if (PIPELINED) sync_channels();
+                store_tile(dr + at * 2, shared + R, stride * 2, left);
+                store_tile(da + at * 2, shared + A, stride * 2, left);
+                store_tile(dk + at * 2, shared + K, stride * 2, left);
+                store_tile(db + at * 2, shared + B, stride * 2, left);
             }
-            rows_back(shared, step, E, out);
-            sync_block();
-            u32 rounded[4];
-            const float v_unit = step_scales(shared, step)[1] * e_scale;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                rounded[i] = pack_input(out[i >> 1][(i & 1) * 2] * v_unit,
-                                        out[i >> 1][(i & 1) * 2 + 1] * v_unit);
-            store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
-            score_gradients(shared, step);
-            sync_block();
-            Gradients d;
-            channel_gradients(shared, step, step_squares(shared, step), d);
-            sync_warp();
-            finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left, unit, after);
-            sync_block();
+            if (walks && GRADIENTS) {
+                if (PIPELINED) sync_walking();
+                store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
+            }
         }
-        store_tile(dr + at * 2, shared + R, stride * 2, left);
-        store_tile(da + at * 2, shared + A, stride * 2, left);
-        store_tile(dk + at * 2, shared + K, stride * 2, left);
-        store_tile(db + at * 2, shared + B, stride * 2, left);
-        store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
         sync_block();
     }
-    write_rows(E, dinitial + (i64)pair * N * N, e_scale);
+    if (walks) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
 }

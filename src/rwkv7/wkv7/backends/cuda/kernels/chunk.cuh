@@ -31,7 +31,7 @@ constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
 // What κ and β lose to fp16: for the state a byte of each is enough, the upper ones of fp16 numbers,
 // κ's above β's in one tile.
 constexpr int LOWS = COMMON_BYTES;
-constexpr int FORWARD_BYTES = LOWS + TILE;
+constexpr int PREPARED_BYTES = LOWS + TILE;
 // Backward they are fp16; then κ + Nᵀ·β and W_b = Xᵀ·β take their places.
 constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
 constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
@@ -71,11 +71,12 @@ DEVICE u32* channels_at(char* tile, int row) {
     return (u32*)(tile + tile_at(row, l >> 2) + (l & 3) * 4);
 }
 
-// Starts copying rows of [tokens, H, 64] numbers of `width` bytes; rows past the end become zeros.
-DEVICE void load_tile(char* tile, const char* from, i64 stride, int tokens, int width) {
-    const int pieces = N * width / 16;
-    for (int i = threadIdx.x; i < CHUNK * pieces; i += 128) {
-        int row = i / pieces, piece = i % pieces;
+// Starts copying a warp's rows of [tokens, H, 64] numbers of `width` bytes; those past the end
+// become zeros.
+DEVICE void load_rows(char* tile, const char* from, i64 stride, int tokens, int width) {
+    const int pieces = N * width / 16, first = STEP * quarter();
+    for (int i = lane_id(); i < STEP * pieces; i += 32) {
+        int row = first + i / pieces, piece = i % pieces;
         int at = width == 2 ? tile_at(row, piece) : row * W_ROW + piece * 16;
         bool valid = row < tokens;
         copy_16(tile + at, from + (valid ? row * stride + piece * 16 : 0), valid);
@@ -97,22 +98,27 @@ DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
     for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
 }
 
-// The rows of w past the end of a sequence, made such that nothing decays there.
-DEVICE void fill_decays(char* shared, int tokens) {
-    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
-    for (int i = tokens * N + threadIdx.x; i < CHUNK * N; i += 128) {
-        const int row = i / N, channel = i % N;
+// Waits for the warp's rows; those of w past the end are made such that nothing decays there.
+DEVICE void rows_loaded(char* shared, int tokens) {
+    const int first = STEP * quarter();
+    copies_done();
+    sync_warp();
+    if (!LOGIT || first + STEP <= tokens) return;  // zeros, as they were filled, are decays of 1
+    for (int i = lane_id(); i < STEP * N; i += 32) {
+        const int row = first + i / N, channel = i % N;
+        if (row < tokens) continue;
         if (W_FP32)
             ((float*)(shared + W + row * W_ROW))[channel] = -1e30f;
         else
             ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
                 INPUT_FP16 ? 0xfc00 : 0xff80;
     }
+    sync_warp();
 }
 
 // The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
 DEVICE void prepare_operands(char* shared) {
-    const int step = warp_id(), lane = lane_id(), first = STEP * step;
+    const int step = quarter(), lane = lane_id(), first = STEP * step;
     float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
 #pragma unroll
     for (int j = 0; j < STEP; ++j) {
@@ -314,7 +320,7 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
 // G = A_rk + A_rb·N and P = A_rb·X, by which dY reaches v and Z. What cancels in these products on a
 // repeated key does so in fp32, before it is rounded.
 DEVICE void prepare(char* shared) {
-    const int step = warp_id(), first = STEP * step;
+    const int step = quarter(), first = STEP * step;
     prepare_operands(shared);
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
     find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);

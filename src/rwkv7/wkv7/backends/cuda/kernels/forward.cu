@@ -4,11 +4,15 @@
 // fragment is the next product's operand. See chunk.cuh for the operands.
 // The macro SAVE keeps the states before the chunks. OUTPUT 0 leaves y out: what a segment does to the
 // empty state. VALUES 0 leaves v out too and starts from the identity: what it does to any other.
+// PIPELINED 1 is for few sequences and heads: a block has four more warps, which prepare the next chunk
+// in a buffer of its own while the first four walk.
 #define BACKWARD 0
 #define WITH_R OUTPUT
 #define WITH_K VALUES
 #define WITH_MOVE 1
 #include "state.cuh"
+
+constexpr int FORWARD_BYTES = (1 + PIPELINED) * PREPARED_BYTES;
 
 // The state before a chunk, for the backward pass: fp16, a power of two a row.
 DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale) {
@@ -144,45 +148,52 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, c
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(128, W_FP32 ? 3 : 4)
+__global__ void __launch_bounds__((1 + PIPELINED) * GROUP, (W_FP32 ? 3 : 4) / (1 + PIPELINED))
 wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
              const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
              const float* __restrict__ initial, char* __restrict__ y, float* __restrict__ final,
              u16* __restrict__ states, float* __restrict__ states_scale,
              const i64* __restrict__ offsets, int T, int H) {
-    char* shared = shared_memory;
     const int pair = blockIdx.x, s = pair / H, h = pair % H;
-    i64 start = PACKED ? offsets[s] : (i64)s * T;
+    const i64 start = PACKED ? offsets[s] : (i64)s * T;
     const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
-    i64 chunk = PACKED ? start / CHUNK + s : (i64)s * ((T + CHUNK - 1) / CHUNK);
+    const int chunks = (tokens + CHUNK - 1) / CHUNK;
+    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * chunks;
+    const bool walks = !PIPELINED || warp_id() < 4, prepares = !PIPELINED || !walks;
+    const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
     Rows state = {};
     float scale = 1;
     if (!VALUES) identity(state);
-    if (initial) read_rows(state, initial + (i64)pair * N * N);
-    const i64 stride = (i64)H * N;
-    for (int done = 0; done < tokens; done += CHUNK, ++chunk) {
-        const int left = tokens - done;
-        const i64 at = (start + done) * stride + h * N;
-        load_tile(shared + W, w + at * (W_FP32 ? 4 : 2), stride * (W_FP32 ? 4 : 2), left,
-                  W_FP32 ? 4 : 2);
-        load_tile(shared + A, a + at * 2, stride * 2, left, 2);
-        if (OUTPUT) load_tile(shared + R, r + at * 2, stride * 2, left, 2);
-        if (VALUES) load_tile(shared + K, k + at * 2, stride * 2, left, 2);
-        load_tile(shared + B, b + at * 2, stride * 2, left, 2);
-        if (SAVE) {
-            const i64 index = chunk * H + h;
+    if (initial && walks) read_rows(state, initial + (i64)pair * N * N);
+    for (int n = 0; n < chunks + PIPELINED; ++n) {
+        const int walked = n - PIPELINED;
+        if (prepares && n < chunks) {
+            const i64 at = (start + n * CHUNK) * stride + h * N;
+            const int left = tokens - n * CHUNK;
+            char* shared = shared_memory + (n & PIPELINED) * PREPARED_BYTES;
+            load_rows(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
+            load_rows(shared + A, a + at * 2, stride * 2, left, 2);
+            if (OUTPUT) load_rows(shared + R, r + at * 2, stride * 2, left, 2);
+            if (VALUES) load_rows(shared + K, k + at * 2, stride * 2, left, 2);
+            load_rows(shared + B, b + at * 2, stride * 2, left, 2);
+        }
+        if (SAVE && walks && walked >= 0) {
+            const i64 index = (chunk + walked) * H + h;
             save_rows(state, states + index * N * N, states_scale + index * N, scale);
         }
-        copies_done();
-        sync_block();
-        if (left < CHUNK) {
-            fill_decays(shared, left);
-            sync_block();
+        if (prepares && n < chunks) {
+            char* shared = shared_memory + (n & PIPELINED) * PREPARED_BYTES;
+            rows_loaded(shared, tokens - n * CHUNK);
+            prepare(shared);
         }
-        prepare(shared);
-        sync_block();
-        walk_chunk(shared, state, scale, v + at * 2, y + at * 2, stride * 2, left);
-        sync_block();  // before the tiles are filled again
+        if (!PIPELINED) sync_block();
+        if (walks && walked >= 0) {
+            const i64 at = (start + walked * CHUNK) * stride + h * N;
+            char* shared = shared_memory + (walked & PIPELINED) * PREPARED_BYTES;
+            walk_chunk(shared, state, scale, v + at * 2, y + at * 2, stride * 2,
+                       tokens - walked * CHUNK);
+        }
+        sync_block();  // before tiles are filled again
     }
-    write_rows(state, final + (i64)pair * N * N, scale);
+    if (walks) write_rows(state, final + (i64)pair * N * N, scale);
 }

@@ -117,8 +117,17 @@ DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE void sync_block() { __syncthreads(); }
+// `threads` threads of the block, in whole warps; barriers 1 to 15 are for groups.
+DEVICE void sync_group(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
+
+// Four warps do a chunk's work together, each a quarter of it; a block may have several such groups.
+constexpr int GROUP = 128;
+DEVICE int quarter() { return warp_id() & 3; }
+DEVICE int group_thread() { return threadIdx.x & (GROUP - 1); }
 
 DEVICE float low_half(u32 x) { return half_value((u16)(x & 0xffffu)); }
 DEVICE float high_half(u32 x) { return half_value((u16)(x >> 16)); }
