@@ -1,0 +1,67 @@
+"""Random calls: sizes, packings, states, decays, values and losses that nobody thought of.
+
+On a GPU every backend gets a thousand, in parts; on the CPU a few.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from wkv7.cases import STATES, THROUGH, Case, Place, failures, places
+
+PARTS = range(40)
+CALLS, CALLS_ON_CPU = 25, 1  # of a part
+LONGEST = 400
+
+
+def random_case(draw: random.Random) -> Case:
+    """Half of all calls are packed, half of all heads have N = 64; short is as likely as long."""
+
+    def length() -> int:
+        return int(LONGEST ** draw.random())
+
+    offsets = None
+    if draw.random() < 0.5:
+        ends = [0]
+        for _ in range(draw.randint(1, 6)):
+            ends.append(ends[-1] + (0 if draw.random() < 0.15 else length() // 2))
+        offsets = tuple(ends)
+    square = draw.random() < 0.5
+    K, V = (64, 64) if square else (draw.choice((16, 32, 64, 128)) for _ in range(2))
+    decay = draw.choice(("logit", "logit", "log_bounded", "log"))
+    values = ["model", "model", "same key", "decay one", "large v"]
+    return Case(
+        T=length(),
+        B=draw.randint(1, 3),
+        H=draw.randint(1, 3),
+        K=K,
+        V=V,
+        decay=decay,
+        state=draw.choice(STATES),
+        through=draw.choice(THROUGH),
+        values=draw.choice([*values, "strong"] if decay == "log" else values),
+        offsets=offsets,
+        wide_w=draw.random() < 0.3,
+    )
+
+
+def accepted(draw: random.Random, place: Place) -> tuple[Case, torch.dtype]:
+    """A random call that the backend takes there, in one of its dtypes."""
+    while True:
+        case = random_case(draw)
+        for fitting in (case, replace(case, K=64, V=64)):
+            dtypes = place.dtypes(fitting)
+            if dtypes:
+                return fitting, draw.choice(dtypes)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("place", places())
+def test_random_calls(place: Place, part: int) -> None:
+    draw = random.Random(part)
+    for _ in range(CALLS if place.device == "cuda" else CALLS_ON_CPU):
+        case, dtype = accepted(draw, place)
+        assert not failures(case, place, dtype), (str(case), case.offsets, dtype)
