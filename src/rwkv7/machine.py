@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,28 +60,46 @@ def device_name(device: torch.device) -> str:
     return _processor()
 
 
-# Dense products in 16 bits with sums in fp32, operations a second, by a part of the card's name.
-# The first that fits counts. From NVIDIA's data sheets and architecture papers, without sparsity.
-_PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H200 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
+@dataclass(frozen=True, slots=True)
+class CardLimits:
+    """Of a card, by NVIDIA's data sheets and architecture papers.
+
+    Attributes:
+        flops: dense products in 16 bits with sums in fp32, operations a second.
+        bytes: of its memory, a second.
+    """
+
+    flops: float
+    bytes: float
+
+
+# By a part of the card's name; the first that fits counts.
+_CARDS = (
+    ("H100 PCIe", CardLimits(756e12, 2.0e12)),
+    ("H100 NVL", CardLimits(835e12, 3.9e12)),
+    ("H200 NVL", CardLimits(835e12, 4.8e12)),
+    ("H100", CardLimits(989e12, 3.35e12)),
+    ("H200", CardLimits(989e12, 4.8e12)),
+    ("B200", CardLimits(2250e12, 8.0e12)),
+    ("A100-SXM4-80GB", CardLimits(312e12, 2.04e12)),
+    ("A100", CardLimits(312e12, 1.56e12)),
+    ("L40S", CardLimits(362e12, 0.86e12)),
+    ("RTX 4090", CardLimits(165e12, 1.01e12)),
+    ("RTX 3090", CardLimits(71e12, 0.94e12)),
 )
+
+
+def card_limits(name: str) -> CardLimits | None:
+    """What the card of that name can do at most; None if it is not known."""
+    return next((limits for part, limits in _CARDS if part in name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The most operations a second of the device's matrix units in `dtype`; None if unknown."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = device_name(device)
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    limits = card_limits(device_name(device))
+    return None if limits is None else limits.flops
 
 
 def package_version(name: str) -> str | None:

@@ -38,7 +38,7 @@ def test_results_and_then_their_table(tmp_path, capsys):
     assert found["cases"][0]["results"][0]["errors"]["y"] < 1e-5
     document = tmp_path / "README.md"
     document.write_text(f"{BEGIN}\n{END}\n")
-    assert run("--table", document, "--out", out) == 0
+    assert run("--render", document, "--out", out) == 0
     assert f"| {BASELINE} |" in document.read_text()
     assert len(list(out.iterdir())) == 1
 
@@ -84,7 +84,7 @@ def test_threads_are_set_and_kept(tmp_path):
             ("--against", "rwkv"),
             "error: --against: expected one of fla, fla:16, fla:32, fla:64, found 'rwkv'",
         ),
-        (("--table", "README.md", "--out", "/nowhere"), "error: --out: no results in /nowhere"),
+        (("--render", "README.md", "--out", "/nowhere"), "error: --out: no results in /nowhere"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, line):

@@ -63,21 +63,25 @@ def bench(
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where results are kept, as JSON.")
     ] = Path("benchmarks/results"),
-    table: Annotated[
+    render: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Time nothing: make FILE's tables from the results."),
+        typer.Option(
+            metavar="FILE",
+            help="Time nothing: put the results into FILE, as tables (.md) or drawn (.png, .svg).",
+        ),
     ] = None,
 ) -> None:
     """Measure the operator's backends side by side, and a plain token loop or a peer beside them.
 
     Forward alone, forward and backward, peak memory beyond the inputs, the first call, and the
     errors against the recurrence in float64. Every run leaves a JSON file in FOLDER, complete
-    after each measurement; --table puts the newest of them between the markers in a document.
+    after each measurement; --render puts the newest of them between the markers in a document,
+    or draws a card's under its roof.
     """
     from rwkv7.machine import device_called
 
-    if table is not None:
-        return _make_tables(table, out)
+    if render is not None:
+        return _render(render, out)
     place = device_called(device)
     kind = _dtype(dtype, place)
     plan = _plan(work, shape or [], place, against is not None)
@@ -90,13 +94,18 @@ def bench(
     print(f"kept in {_run(plan, kind, place, subjects, profile, out)}")
 
 
-def _make_tables(document: Path, folder: Path) -> None:
+def _render(file: Path, folder: Path) -> None:
     from rwkv7.benchmark import results_in, update_tables
 
     cases = results_in(folder)
     if not cases:
         raise ValueError(f"--out: no results in {folder}; run `rwkv7 bench` first")
-    print(f"{document}: {update_tables(document, cases)} tables from {folder}")
+    if file.suffix == ".md":
+        return print(f"{file}: {update_tables(file, cases)} tables from {folder}")
+    from rwkv7.benchmark.roofline import draw_roofline
+
+    draw_roofline(cases, file)
+    print(f"{file}: drawn from {folder}")
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
