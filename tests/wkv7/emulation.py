@@ -62,7 +62,9 @@ class Emulator:
     def built(self, kernel: plan.Kernel, macros: plan.Macros) -> ctypes.CDLL:
         """The kernel, built with these macros."""
         values = (str(value) for _, value in macros)
-        build = self.folder / "-".join([kernel.name, str(kernel.pipelined), *values])
+        build = self.folder / "-".join(
+            [kernel.name, str(kernel.head), str(kernel.pipelined), *values]
+        )
         build.mkdir()
         (build / "program.inc").write_text(kernel.program(macros))
         command = ["g++", "-O1", "-march=native", "-std=c++17", "-fPIC", "-shared", "-w"]

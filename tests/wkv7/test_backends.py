@@ -22,7 +22,7 @@ import rwkv7
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.tolerance import BOUNDS, relative_error
 
-NARROW, WIDE = {"K": 16, "V": 24}, {"K": 64, "V": 64}
+NARROW, WIDE, WIDEST = {"K": 16, "V": 24}, {"K": 64, "V": 64}, {"K": 128, "V": 128}
 CASES = [
     *(
         Case(T=T, state=state, through=through, **NARROW)
@@ -41,6 +41,11 @@ CASES = [
             STATES,
         )
     ),
+    *(
+        Case(values=values, B=1, T=100, **WIDEST)
+        for values in ("model", "same key", "decay floor", "large v")
+    ),
+    Case(offsets=PACKED, through="y", **WIDEST),
     *(Case(T=70, B=1, decay=decay, wide_w=True, **WIDE) for decay in ("logit", "log_bounded")),
     *(
         Case(values="strong", decay="log", T=T, state=state, through=through)
@@ -87,15 +92,15 @@ def test_packed_equals_separate(place: Place, decay: str) -> None:
         assert relative_error(final[s : s + 1], last) < BOUNDS[dtype].state
 
 
-@pytest.mark.parametrize("T", [1, 9, 40, 100])
+@pytest.mark.parametrize(("T", "N"), [(1, 64), (9, 64), (40, 64), (100, 64), (100, 128)])
 @pytest.mark.parametrize("decay", ["logit", "log"])
 @pytest.mark.parametrize("place", places())
-def test_bits_do_not_depend_on_the_batch(place: Place, decay: str, T: int) -> None:
+def test_bits_do_not_depend_on_the_batch(place: Place, decay: str, T: int, N: int) -> None:
     """The same sequence alone, in a batch of five, and packed among others: identical bits."""
-    case = place.fit(Case(T=T, B=5, H=3, K=64, V=64, decay=decay))
+    case = place.fit(Case(T=T, B=5, H=3, K=N, V=N, decay=decay))
     for dtype in {torch.float32, torch.bfloat16}.intersection(place.dtypes(case)):
         inputs = [x.to(place.device).requires_grad_() for x in make_inputs(case, dtype)]
-        seed = torch.randn(5, T, 3, 64).to(inputs[3])
+        seed = torch.randn(5, T, 3, case.V).to(inputs[3])
 
         def results(tensors: list[torch.Tensor], dy: torch.Tensor, offsets: torch.Tensor | None):
             with rwkv7.batch_invariant():
@@ -118,9 +123,10 @@ def test_bits_do_not_depend_on_the_batch(place: Place, decay: str, T: int) -> No
                 assert torch.equal(one, among)
 
 
+@pytest.mark.parametrize("N", [64, 128])
 @pytest.mark.parametrize("place", places())
-def test_a_run_gives_the_bits_of_the_last(place: Place) -> None:
-    case = Case(T=300, K=64, V=64)
+def test_a_run_gives_the_bits_of_the_last(place: Place, N: int) -> None:
+    case = place.fit(Case(T=300, K=N, V=N))
     inputs = [x.to(place.device) for x in make_inputs(case, place.dtype(case))]
 
     def run() -> list[torch.Tensor]:

@@ -33,6 +33,25 @@ CASES = [
     Case(offsets=PACKED, **{**ONE, "H": 2}),
     Case(offsets=PACKED, state="none", **ONE),
 ]
+BIG = {"B": 1, "H": 1, "K": 128, "V": 128}
+BIG_HEADS = [
+    Case(T=70, **BIG),
+    Case(T=130, values="same key", state="none", **BIG),
+    Case(T=80, values="decay floor", state="zero", **BIG),
+    Case(T=17, decay="log_bounded", wide_w=True, **BIG),
+    Case(offsets=(0, 0, 1, 66), **{**BIG, "H": 2}),
+    Case(T=70, through="y", **BIG),
+    Case(T=1, state="none", through="state", **BIG),
+]
+SEGMENTED = [
+    *(
+        Case(T=230, values=values, state=state, **{**ONE, "B": 2})
+        for values, state in itertools.product(
+            ("model", "same key", "decay floor"), ("none", "random")
+        )
+    ),
+    Case(T=200, values="same key", **BIG),
+]
 # Gradients through one output alone; the other one's is absent.
 ONE_SIDED = [Case(T=70, through=through, **ONE) for through in ("y", "state")]
 HALF = [Case(T=T, values=values, **ONE) for T, values in ((70, "model"), (130, "same key"))]
@@ -89,8 +108,23 @@ def test_gradients_in_fp16(case: Case) -> None:
     assert not failures(case, CPU, torch.float16)
 
 
+@pytest.mark.parametrize("case", BIG_HEADS, ids=str)
+def test_big_heads(case: Case) -> None:
+    assert not failures(case, CPU, torch.bfloat16)
+
+
+def test_big_heads_without_gradients() -> None:
+    assert not forward_failures(Case(T=70, **BIG), torch.bfloat16)
+
+
+def test_big_heads_in_fp16() -> None:
+    assert not failures(Case(T=130, values="same key", **BIG), CPU, torch.float16)
+
+
 @pytest.mark.parametrize(
-    "case", [Case(T=130, **{**ONE, "B": 2}), Case(offsets=PACKED, **ONE)], ids=str
+    "case",
+    [Case(T=130, **{**ONE, "B": 2}), Case(offsets=PACKED, **ONE), Case(T=70, **BIG)],
+    ids=str,
 )
 def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
     """As fp16 with a power of two a row, where plan.chunk_count says; an empty chunk saves none."""
@@ -98,9 +132,10 @@ def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
     offsets = options["cu_seqlens"]
     call = Call(*given, case.decay, offsets)
     _, _, saved = CudaBackend().forward(call, True)
-    words = plan.chunk_count(call) * 64 * 32
-    states = saved[:words].view(torch.float16).view(-1, 1, 64, 64)
-    scales = saved[words:].view(-1, 1, 64)
+    N = case.K
+    words = plan.chunk_count(call) * N * N // 2
+    states = saved[:words].view(torch.float16).view(-1, 1, N, N)
+    scales = saved[words:].view(-1, 1, N)
     wide = [x.double() for x in given]
     spans = itertools.pairwise(case.offsets) if case.offsets else [(0, case.T)] * case.B
     for s, (start, end) in enumerate(spans):
@@ -112,20 +147,17 @@ def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
             assert relative_error(found, state[0]) < BOUNDS[torch.bfloat16].state
 
 
-@pytest.mark.parametrize("state", ["none", "random"])
-@pytest.mark.parametrize("values", ["model", "same key", "decay floor"])
-def test_segments_at_once(
-    values: str, state: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two sequences of four segments, the last ones ragged, joined by their maps."""
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_segments_at_once(case: Case, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of four segments, the last ones ragged, joined by their maps."""
     monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 64)
     monkeypatch.setattr(plan, "FEWEST_SEGMENTS", 4)
-    case = Case(T=230, values=values, state=state, **{**ONE, "B": 2})
     emulator.launches.clear()
     assert not failures(case, CPU, torch.bfloat16)
-    forward = ["forward pipelined", "forward pipelined", "chain", "forward pipelined"]
-    backward = ["backward pipelined", "chain", "backward pipelined"]
+    form = " pipelined" if case.K == 64 else ""
+    forward = [f"forward{form}", f"forward{form}", "chain", f"forward{form}"]
+    backward = [f"backward{form}", "chain", f"backward{form}"]
     assert emulator.launches == forward + backward
 
 

@@ -21,6 +21,7 @@ from rwkv7.wkv7.backends import cuda
 from rwkv7.wkv7.backends.cuda import CudaBackend, compiler, launch, plan
 from rwkv7.wkv7.contract import Call
 
+FORWARD = plan.KERNELS[0]
 MACROS = (("INPUT_FP16", 0), ("W_FP32", 0), ("LOGIT", 1), ("PACKED", 0), ("SAVE", 0))
 
 
@@ -44,7 +45,7 @@ def entries() -> list[Path]:
 
 
 def get(target: str = "sm_90a", macros: plan.Macros = MACROS) -> bytes:
-    return compiler.compiled(plan.FORWARD, macros, target)
+    return compiler.compiled(FORWARD, macros, target)
 
 
 def test_a_kernel_is_compiled_once(compilations: list[str]) -> None:
@@ -101,7 +102,7 @@ def compile_kernel(kernel, macros, target):
     time.sleep(float(sys.argv[1]))
     return b"x" * 1_000_000, ""
 compiler.compile_kernel, compiler._version = compile_kernel, lambda: (13, 0)
-print(len(compiler.compiled(plan.FORWARD, {MACROS}, "sm_90a")), flush=True)
+print(len(compiler.compiled(plan.KERNELS[0], {MACROS}, "sm_90a")), flush=True)
 """
 
 
@@ -198,9 +199,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 def test_a_launch(card: Driver) -> None:
     device = torch.device("cuda", 1)
     for _ in range(2):
-        launch.launch(plan.FORWARD, MACROS, device, 12, (2**63, 0, 65))
-    shared = plan.FORWARD.shared_bytes(MACROS)
-    started = ("launch", "function", 12, 1, 1, plan.FORWARD.threads, 1, 1, shared, 42)
+        launch.launch(FORWARD, MACROS, device, 12, (2**63, 0, 65))
+    shared = FORWARD.shared_bytes(MACROS)
+    started = ("launch", "function", 12, 1, 1, FORWARD.threads, 1, 1, shared, 42)
     assert card.told == [
         ("retain", 1),
         ("current", 7),
@@ -216,16 +217,16 @@ def test_a_launch(card: Driver) -> None:
 
 def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
     device = torch.device("cuda", 0)
-    launch.launch(plan.FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
     card.context, card.told[:] = 0, []
-    launch.launch(plan.FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
     assert [what[0] for what in card.told] == ["retain", "current", "launch"]
 
 
 def test_what_the_driver_refuses_is_said(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: b"bad")
     with pytest.raises(RuntimeError, match="loading wkv7_forward for sm_90a.*INVALID_IMAGE"):
-        launch.launch(plan.FORWARD, MACROS, torch.device("cuda", 0), 1, (1, 2, 3))
+        launch.launch(FORWARD, MACROS, torch.device("cuda", 0), 1, (1, 2, 3))
 
 
 def call(
@@ -243,6 +244,7 @@ def call(
         (call(V=32), "V = 32"),
         (call(decay="log"), "log_bounded"),
         (call(), None),
+        (call(K=128, V=128), None),
     ],
 )
 def test_calls_that_no_kernel_takes(asked: Call, reason: str | None) -> None:
@@ -252,21 +254,22 @@ def test_calls_that_no_kernel_takes(asked: Call, reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "kib", "reason"),
+    ("capability", "kib", "head", "reason"),
     [
-        ((7, 5), 64, "compute capability"),
-        ((8, 6), 99, "KiB of shared memory a block, this card has 99"),
-        ((8, 0), 163, "not for sm_80"),
-        ((9, 0), 227, "not for sm_90a"),
+        ((7, 5), 64, 64, "compute capability"),
+        ((8, 6), 99, 64, "121 KiB of shared memory a block at K = V = 64, this card has 99"),
+        ((8, 0), 163, 64, "not for sm_80"),
+        ((8, 0), 163, 128, "221 KiB of shared memory a block at K = V = 128, this card has 163"),
+        ((9, 0), 227, 128, "not for sm_90a"),
     ],
 )
 def test_cards_that_are_refused(
-    capability: tuple[int, int], kib: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], kib: int, head: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(launch, "card", lambda device: plan.Card(108, kib * 1024))
     monkeypatch.setattr(compiler, "why_not", lambda target: f"not for {target}")
-    found = cuda._card_refuses.__wrapped__(0)
+    found = cuda._card_refuses.__wrapped__(0, head)
     assert found is not None and reason in found
 
 

@@ -18,7 +18,7 @@ LONGEST = 400
 
 
 def random_case(draw: random.Random) -> Case:
-    """Half of all calls are packed, half of all heads have N = 64; short is as likely as long."""
+    """Half of all calls are packed, half of all heads square; short is as likely as long."""
 
     def length() -> int:
         return int(LONGEST ** draw.random())
@@ -29,8 +29,9 @@ def random_case(draw: random.Random) -> Case:
         for _ in range(draw.randint(1, 6)):
             ends.append(ends[-1] + (0 if draw.random() < 0.15 else length() // 2))
         offsets = tuple(ends)
-    square = draw.random() < 0.5
-    K, V = (64, 64) if square else (draw.choice((16, 32, 64, 128)) for _ in range(2))
+    K = V = draw.choice((64, 64, 128))
+    if draw.random() < 0.5:
+        K, V = (draw.choice((16, 32, 64, 128)) for _ in range(2))
     decay = draw.choice(("logit", "logit", "log_bounded", "log"))
     values = ["model", "model", "same key", "decay one", "large v"]
     return Case(

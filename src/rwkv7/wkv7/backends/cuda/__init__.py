@@ -1,6 +1,6 @@
-"""The hand-made GPU backend: CUDA kernels on tensor cores, N = K = V = 64, bf16 and fp16.
+"""The hand-made GPU backend: CUDA kernels on tensor cores, K = V = 64 or 128, bf16 and fp16.
 
-One block a (sequence, head) walks the chunks with the state in registers; backward walks them in
+Blocks walk the chunks of a (sequence, head) with the state in registers; backward walks them in
 reverse from the saved states. Few long sequences are cut into segments. `plan` decides, `compiler`
 makes and keeps compiled kernels, `walks` starts them. Importing this module loads neither a
 compiler nor the driver.
@@ -9,6 +9,7 @@ compiler nor the driver.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -29,11 +30,14 @@ class CudaBackend:
     name = "cuda"
 
     def refuses(self, call: Call) -> str | None:
-        """Needs an NVIDIA GPU from 8.0 on, NVRTC, 16-bit inputs, K = V = 64, a bounded decay."""
+        """Needs an NVIDIA GPU from 8.0 on, NVRTC, 16 bits, a bounded decay, K = V = 64 or 128.
+
+        A card must have the shared memory of the backward pass, for inference too.
+        """
         device = call.r.device
         if device.type != "cuda" or torch.version.hip is not None:
             return f"needs an NVIDIA GPU, the inputs are on {device}"
-        return plan.refuses(call) or _card_refuses(device.index or 0)
+        return plan.refuses(call) or _card_refuses(device.index or 0, call.sizes[3])
 
     def route(self, call: Call) -> str:
         """One walk a sequence and head, or many at once."""
@@ -101,14 +105,14 @@ class CudaBackend:
 
 
 @functools.cache
-def _card_refuses(index: int) -> str | None:
+def _card_refuses(index: int, head: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < _FIRST_CAPABILITY:
         return "needs compute capability 8.0 or later, found {}.{}".format(*capability)
-    shared = launch.card(torch.device("cuda", index)).shared
-    if shared < plan.LEAST_SHARED:
-        kib = plan.LEAST_SHARED / 1024
-        return f"needs {kib:.0f} KiB of shared memory a block, this card has {shared / 1024:.0f}"
+    shared, least = launch.card(torch.device("cuda", index)).shared, plan.least_shared(head)
+    if shared < least:
+        needs = f"needs {math.ceil(least / 1024)} KiB of shared memory a block at K = V = {head}"
+        return f"{needs}, this card has {shared // 1024}"
     return compiler.why_not(compiler.architecture(capability))
 
 

@@ -15,7 +15,7 @@ import torch
 from rwkv7.wkv7.contract import Call
 
 CHUNK = 64  # tokens between two states that are saved
-SIZES = (64,)  # N = K = V
+SIZES = (64, 128)  # N = K = V
 DTYPES = (torch.bfloat16, torch.float16)
 DECAYS = ("logit", "log_bounded")
 
@@ -25,20 +25,24 @@ Macros = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel in `kernels/`, and how it is launched: a block a (sequence, head).
+    """A kernel in `kernels/`, and how it is launched.
 
     Attributes:
         name: the file is `name`.cu, the function wkv7_`name`.
+        head: K = V.
         threads: of a block.
         shared: bytes of dynamic shared memory a block; with w in 16 bits, with w in 32.
         constant: the source's own name for `shared`; that they agree is checked when it compiles.
+        blocks: for a (sequence, head).
         pipelined: the kernel's form for few sequences and heads, with more warps a block.
     """
 
     name: str
+    head: int
     threads: int
     shared: tuple[int, int]
     constant: str
+    blocks: int = 1
     pipelined: bool = False
 
     @property
@@ -53,6 +57,7 @@ class Kernel:
     def program(self, macros: Macros) -> str:
         """What is compiled: the file, and a check that this table knows its shared memory."""
         return (
+            f"#define HEAD {self.head}\n"
             f"#define PIPELINED {int(self.pipelined)}\n"
             f'#include "{self.name}.cu"\n'
             f"static_assert({self.constant} == {self.shared_bytes(macros)}, "
@@ -60,20 +65,22 @@ class Kernel:
         )
 
 
-FORWARD = Kernel("forward", threads=128, shared=(56384, 64576), constant="FORWARD_BYTES")
-FORWARD_PIPELINED = Kernel("forward", 256, (112768, 129152), "FORWARD_BYTES", pipelined=True)
-BACKWARD = Kernel("backward", threads=128, shared=(114752, 122944), constant="SHARED_BYTES")
-BACKWARD_PIPELINED = Kernel("backward", 384, (213136, 229520), "SHARED_BYTES", pipelined=True)
-CHAIN = Kernel("chain", threads=128, shared=(33280, 33280), constant="CHAIN_BYTES")
-KERNELS = (FORWARD, FORWARD_PIPELINED, BACKWARD, BACKWARD_PIPELINED, CHAIN)
-# Blocks of `forward` that share a multiprocessor.
-BLOCKS = 4
+KERNELS = (
+    Kernel("forward", 64, 128, (56384, 64576), "FORWARD_BYTES"),
+    Kernel("forward", 64, 256, (112768, 129152), "FORWARD_BYTES", pipelined=True),
+    Kernel("forward", 128, 128, (107584, 123968), "FORWARD_BYTES", blocks=2),
+    Kernel("backward", 64, 128, (114752, 122944), "SHARED_BYTES"),
+    Kernel("backward", 64, 384, (213136, 229520), "SHARED_BYTES", pipelined=True),
+    Kernel("backward", 128, 256, (208960, 225344), "SHARED_BYTES"),
+    Kernel("chain", 64, 128, (33280, 33280), "CHAIN_BYTES"),
+    Kernel("chain", 128, 256, (132096, 132096), "CHAIN_BYTES"),
+)
+# Sequences and heads whose `forward` shares a multiprocessor, by the head's size.
+SHARING = {64: 4, 128: 1}
 # Segments cost two more walks forward and one more backward; below these bounds that is too much
 # (H100, forward and both, ms: 1x8192x32 takes 0.96 and 3.30 whole, 1.16 and 3.35 in 16 segments;
 # 1x65536x32 takes 5.99 and 23.1 whole, 3.43 and 7.91 in 17).
 SHORTEST_SEGMENT, FEWEST_SEGMENTS = 1024, 12
-# A card must have this much shared memory for a block.
-LEAST_SHARED = max(max(kernel.shared) for kernel in KERNELS if not kernel.pipelined)
 
 
 def refuses(call: Call) -> str | None:
@@ -86,6 +93,11 @@ def refuses(call: Call) -> str | None:
     if call.decay not in DECAYS:
         return 'decay="log" has no floor: its operands do not fit in fp16; "log_bounded" does'
     return None
+
+
+def least_shared(head: int) -> int:
+    """Bytes of shared memory for a block that a card must have for heads of this size."""
+    return max(max(k.shared) for k in KERNELS if k.head == head and not k.pipelined)
 
 
 def macros(call: Call, own: Mapping[str, bool]) -> Macros:
@@ -107,33 +119,26 @@ class Card:
     shared: int
 
 
-def forward(call: Call, card: Card) -> Kernel:
-    """The form of the kernel that fills the card."""
-    return _fuller(call, card, FORWARD_PIPELINED) or FORWARD
+def kernel(name: str, call: Call, card: Card) -> Kernel:
+    """The kernel of that name for the call, in the form that fills the card.
 
-
-def backward(call: Call, card: Card) -> Kernel:
-    """The form of the kernel that fills the card."""
-    return _fuller(call, card, BACKWARD_PIPELINED) or BACKWARD
-
-
-def _fuller(call: Call, card: Card, kernel: Kernel) -> Kernel | None:
-    """The pipelined kernel, where a multiprocessor has but one sequence and head to walk.
-
-    H100, forward and both: 96 sequences and heads take 10 % and 6 % less time with it, 256 take
-    8 % and 18 % more. It computes the same, but a compiler may round one source in two ways.
+    The pipelined one, if there is one, where a multiprocessor has but one sequence and head to
+    walk. H100, forward and both: 96 sequences and heads take 10 % and 6 % less time with it, 256
+    take 8 % and 18 % more. It computes the same, but a compiler may round one source in two ways.
     """
-    _, _, H, *_ = call.sizes
+    _, _, H, K, _ = call.sizes
+    forms = [kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, K)]
     alone = not call.invariant and call.sequences * H <= card.multiprocessors
-    return kernel if alone and max(kernel.shared) <= card.shared else None
+    fits = alone and max(forms[-1].shared) <= card.shared
+    return forms[-1] if fits else forms[0]
 
 
 def segment(call: Call, card: Card) -> int | None:
     """Tokens of the segments that every sequence is cut into, or None: one walk a sequence."""
-    B, T, H, *_ = call.sizes
+    B, T, H, K, _ = call.sizes
     if call.invariant or call.cu_seqlens is not None or card.multiprocessors < 2 * B * H:
         return None
-    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (BLOCKS * card.multiprocessors)))
+    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (SHARING[K] * card.multiprocessors)))
     tokens = -(-tokens // CHUNK) * CHUNK
     return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
 

@@ -38,7 +38,7 @@ def walk(
         *_addresses(offsets),
     )
     own = {"SAVE": saved is not None, "OUTPUT": y is not None, "VALUES": values}
-    _launch(plan.forward(call, launch.card(call.r.device)), call, own, arguments)
+    _launch("forward", call, own, arguments)
 
 
 def walk_back(
@@ -62,8 +62,7 @@ def walk_back(
         *_saved_addresses(saved, call),
         *_addresses(*(gradients or (None,) * 6), dinitial, offsets),
     )
-    kernel = plan.backward(call, launch.card(call.r.device))
-    _launch(kernel, call, {"GRADIENTS": gradients is not None}, arguments)
+    _launch("backward", call, {"GRADIENTS": gradients is not None}, arguments)
 
 
 def chain(
@@ -73,14 +72,15 @@ def chain(
 
     Args:
         call: the whole one, before it was cut.
-        maps, added, handed: [B · segments, H, 64, 64], fp32.
+        maps, added, handed: [B · segments, H, V, K], fp32.
         given: [B, H, V, K]: the initial state, or the gradient of the final one; None: zeros.
     """
     B, _, H, *_ = call.sizes
-    macros = plan.macros(call, {"BACK": back})
+    macros, device = plan.macros(call, {"BACK": back}), call.r.device
     (given,) = ready(given)
     arguments = (*_addresses(maps, added, given, handed), len(maps) // B, H)
-    launch.launch(plan.CHAIN, macros, call.r.device, B * H, arguments)
+    kernel = plan.kernel("chain", call, launch.card(device))
+    launch.launch(kernel, macros, device, B * H, arguments)
 
 
 def ready(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -88,12 +88,12 @@ def ready(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else _aligned(x.contiguous()) for x in tensors)
 
 
-def _launch(
-    kernel: plan.Kernel, call: Call, own: dict[str, bool], arguments: tuple[int, ...]
-) -> None:
+def _launch(name: str, call: Call, own: dict[str, bool], arguments: tuple[int, ...]) -> None:
     _, T, H, *_ = call.sizes
     macros, device = plan.macros(call, own), call.r.device
-    launch.launch(kernel, macros, device, call.sequences * H, (*arguments, T, H))
+    kernel = plan.kernel(name, call, launch.card(device))
+    blocks = kernel.blocks * call.sequences * H
+    launch.launch(kernel, macros, device, blocks, (*arguments, T, H))
 
 
 def _inputs(call: Call) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@
 #define WITH_R 1
 #define WITH_K GRADIENTS
 #define WITH_MOVE GRADIENTS
+#include "finish.cuh"
 #include "state.cuh"
 
 // Beside what chunk.cuh lays out, a chunk has: U, in W's place; dv, at last in that of W_b; V; dY.
@@ -21,10 +22,14 @@ constexpr int V = MOVE_BACK + TILE;
 constexpr int DY = V + TILE;
 constexpr int BUFFER = DY + TILE;
 // The block has: E; Z of one step; the states before steps 3 and 2, later those before steps 1 and 0.
-// E and Z twice if those who read them are a step behind.
+// E and Z twice if those who read them are a step behind. Of large heads this is too much, and E and
+// the state before a step take turns in one tile (SHARED_TILE).
+constexpr bool SHARED_TILE = N > 64;
+static_assert(!(PIPELINED && SHARED_TILE), "the state would be overwritten while it is read");
+constexpr int STATE_TILE = N * N * 2;
 constexpr int E_TILE = (1 + PIPELINED) * BUFFER;
-constexpr int STATES = E_TILE + (1 + PIPELINED) * TILE;
-constexpr int Z = STATES + 2 * TILE, Z_BYTES = STEP * N * 2;
+constexpr int STATES = SHARED_TILE ? E_TILE : E_TILE + (1 + PIPELINED) * STATE_TILE;
+constexpr int Z = STATES + (SHARED_TILE ? 1 : 2) * STATE_TILE, Z_BYTES = STEP * N * 2;
 constexpr int UNIT = Z + (1 + PIPELINED) * Z_BYTES;  // for those who do not walk
 constexpr int SHARED_BYTES = UNIT + 16 * PIPELINED;
 
@@ -34,8 +39,10 @@ DEVICE void sync_walking() { PIPELINED ? sync_group(WALKING, GROUP) : sync_block
 DEVICE void sync_channels() { PIPELINED ? sync_group(CHANNELS, GROUP) : sync_block(); }
 DEVICE void sync_both() { PIPELINED ? sync_group(BOTH, 2 * GROUP) : sync_block(); }
 
-DEVICE char* state_tile(int step) { return shared_memory + STATES + (step & 1) * TILE; }
-DEVICE char* e_tile(int step) { return shared_memory + E_TILE + (step & PIPELINED) * TILE; }
+DEVICE char* state_tile(int step) {
+    return shared_memory + STATES + (SHARED_TILE ? 0 : (step & 1) * STATE_TILE);
+}
+DEVICE char* e_tile(int step) { return shared_memory + E_TILE + (step & PIPELINED) * STATE_TILE; }
 DEVICE char* z_tile(int step) { return shared_memory + Z + (step & PIPELINED) * Z_BYTES; }
 
 // The largest number of the walking warps, the same for all their threads.
@@ -45,7 +52,10 @@ DEVICE float group_max(float x) {
     sync_walking();
     if (lane_id() == 0) sums[warp_id()] = x;
     sync_walking();
-    return fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
+    x = fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
+#pragma unroll
+    for (int i = 4; i < WARPS; ++i) x = fmaxf(x, sums[i]);
+    return x;
 }
 
 // Rows of a tile are multiplied by what `factors` holds for their step and rounded to fp16.
@@ -53,7 +63,7 @@ DEVICE float largest_scaled(const char* tile, const float factors[STEPS]) {
     float most = 0;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        const int row = STEP * step + (threadIdx.x >> 3), piece = threadIdx.x & 7;
+        const int row = STEP * step + (threadIdx.x >> PIECE_BITS), piece = threadIdx.x & (PIECES - 1);
         const uint4 x = *(const uint4*)(tile + tile_at(row, piece));
         const u32 pair[4] = {x.x, x.y, x.z, x.w};
         most = fmaxf(most, largest_input(pair) * factors[step]);
@@ -64,7 +74,7 @@ DEVICE u32 scaled(u32 x, float f) { return pack_half(low_input(x) * f, high_inpu
 DEVICE void scale_tile(char* tile, const float factors[STEPS], float f) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        const int row = STEP * step + (threadIdx.x >> 3), piece = threadIdx.x & 7;
+        const int row = STEP * step + (threadIdx.x >> PIECE_BITS), piece = threadIdx.x & (PIECES - 1);
         uint4* at = (uint4*)(tile + tile_at(row, piece));
         const float by = factors[step] * f;
         uint4 x = *at;
@@ -78,7 +88,7 @@ DEVICE void read_saved(Rows& state, const u16* states, const float* scales, floa
     const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
     const float top = scales[v] * inverse, bottom = scales[v + 8] * inverse;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         const u32 x = *(const u32*)(states + v * N + 8 * n + p);
         const u32 y = *(const u32*)(states + (v + 8) * N + 8 * n + p);
         state.s[n][0] = low_half(x) * top, state.s[n][1] = high_half(x) * top;
@@ -94,9 +104,9 @@ DEVICE void store_state(char* tile, const Rows& state) {
 }
 
 // The states before the steps, and what the steps remove; leaves the state after the chunk, in the
-// units of its last step's middle. Those before steps 2 and 3 go to shared memory, that before
-// step 1 stays with the warp.
-DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]) {
+// units of its last step's middle. Those before steps 2 and 3 (SHARED_TILE: before step 3) go to shared
+// memory, that before step 1 stays with the warp.
+DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[N / 16][4]) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int first = STEP * step;
@@ -106,10 +116,10 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
             times_channels(state, step_to_middle(shared, 0));
         else
             times_channels(state, step_to_end(shared, step - 1), step_to_middle(shared, step));
-        if (step == 1)
+        if (step == 1 && !SHARED_TILE)
 #pragma unroll
             for (int block = 0; block < N / 16; ++block) as_left(second[block], &state.s[2 * block]);
-        if (step > 1) store_state(state_tile(step), state);
+        if (step > (SHARED_TILE ? 2 : 1)) store_state(state_tile(step), state);
         left_transposed(v, shared + V, first, warp_id());
         columns_square(b, step_squares(shared, step));
         mma_pair(removed, v, b);
@@ -131,14 +141,33 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[4][4]
     }
 }
 
-// By rows of V: Z and E into shared memory, dv of the step given, E before the step.
-DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
+// The state before step `until`, once more, from the one before the chunk: for a SHARED_TILE.
+DEVICE void rebuild_until(char* shared, int until, Rows& state) {
+    times_channels(state, step_to_middle(shared, 0));
+#pragma unroll 1
+    for (int step = 0; step < until; ++step) {
+        u32 v[4], u[4], b[4];
+        left_transposed(v, shared + V, STEP * step, warp_id());
+        left_transposed(u, shared + U, STEP * step, warp_id());
+#pragma unroll
+        for (int block = 0; block < N / 16; ++block) {
+            rows_operand(b, shared + K, STEP * step, block);
+            mma_pair(&state.s[2 * block], v, b);
+            rows_operand(b, shared + B, STEP * step, block);
+            mma_pair(&state.s[2 * block], u, b);
+        }
+        times_channels(state, step_to_end(shared, step), step_to_middle(shared, step + 1));
+    }
+}
+
+// By rows of V: Z (and E) into shared memory, dv of the step given; the operands dYᵀ and Zᵀ are left.
+DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4], u32 dy[4], u32 high[4]) {
     const int first = STEP * step;
     const char* squares = step_squares(shared, step);
-    u32 dy[4], b[4], high[4];
+    u32 b[4];
     float z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
-    if (GRADIENTS) store_state(e_tile(step), E);
+    if (GRADIENTS && !SHARED_TILE) store_state(e_tile(step), E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
     mma_pair(z, dy, b);
@@ -160,6 +189,12 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
     }
     as_left(high, z);
     if (GRADIENTS) store_transposed(z_tile(step), 0, warp_id(), high);
+}
+
+// E before the step.
+DEVICE void pass_back(char* shared, int step, Rows& E, const u32 dy[4], const u32 high[4]) {
+    const int first = STEP * step;
+    u32 b[4];
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         rows_operand(b, shared + R, first, block);
@@ -172,7 +207,8 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4]) {
 
 // A warp's score gradient: dA_rk, dA_rb, dA_ak, dA_ab for warps 0 to 3, in the step's squares.
 DEVICE void score_gradients(char* shared, int step) {
-    const int first = STEP * step, warp = quarter();
+    const int first = STEP * step, warp = member();
+    if (WARPS > 4 && warp > 3) return;
     const char* rows = warp < 2 ? shared + DY : z_tile(step);
     const char* columns = warp & 1 ? shared + U : shared + V;
     float d[2][4] = {};
@@ -187,37 +223,10 @@ DEVICE void score_gradients(char* shared, int step) {
     store_square(step_squares(shared, step) + warp * SQUARE, d);
 }
 
-// The sum of x over the tokens from each on, within a step: x is a product's pair of rows q, q + 8.
-DEVICE void sums_from_each(float& top, float& bottom) {
-    const int lane = lane_id();
-#pragma unroll
-    for (int shift = 4; shift < 32; shift <<= 1) {
-        const int from = lane + shift;
-        const float t = shuffle_from(top, from & 31), b = shuffle_from(bottom, from & 31);
-        top += from < 32 ? t : 0.0f, bottom += from < 32 ? b : 0.0f;
-    }
-    top += shuffle_from(bottom, lane & 3);
-}
-// The sum of x over the tokens up to each.
-DEVICE void sums_to_each(float& top, float& bottom) {
-    const int lane = lane_id();
-#pragma unroll
-    for (int shift = 4; shift < 32; shift <<= 1) {
-        const int from = lane - shift;
-        const float t = shuffle_from(top, from & 31), b = shuffle_from(bottom, from & 31);
-        top += from >= 0 ? t : 0.0f, bottom += from >= 0 ? b : 0.0f;
-    }
-    bottom += shuffle_from(top, 28 + (lane & 3));
-}
-
-struct Gradients {  // of a step's operands, the warp's 16 channels
-    float r[2][4], a[2][4], k[2][4], b[2][4];
-};
-
-DEVICE void channel_gradients(const char* shared, int step, const char* squares, Gradients& d) {
-    const int first = STEP * step, warp = quarter();
-    u32 x[4], y[4], c[4], e[4];
-    d = {};
+// What reaches the operands through the scores.
+DEVICE void through_scores(const char* shared, int step, const char* squares, Gradients& d) {
+    const int first = STEP * step, warp = member();
+    u32 x[4], y[4], c[4];
     rows_operand(x, shared + K, first, warp), rows_operand(y, shared + B, first, warp);
     left_square(c, squares), mma_pair(d.r, c, x);
     left_square(c, squares + SQUARE), mma_pair(d.r, c, y);
@@ -228,108 +237,33 @@ DEVICE void channel_gradients(const char* shared, int step, const char* squares,
     left_square_transposed(c, squares + 2 * SQUARE), mma_pair(d.k, c, y);
     left_square_transposed(c, squares + SQUARE), mma_pair(d.b, c, x);
     left_square_transposed(c, squares + 3 * SQUARE), mma_pair(d.b, c, y);
+}
+
+// What reaches them through the state before the step (BEFORE) and through E (AFTER).
+template <bool BEFORE, bool AFTER>
+DEVICE void through_states(const char* shared, int step, Gradients& d) {
+    const int first = STEP * step, warp = member();
     const char *state = state_tile(step), *back = e_tile(step), *z = z_tile(step);
+    u32 x[4], c[4], e[4];
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
-        rows_operand(x, state, 16 * block, warp), rows_operand(e, back, 16 * block, warp);
-        left_operand(c, shared + DY, first, block), mma_pair(d.r, c, x);
-        left_operand(c, z, 0, block), mma_pair(d.a, c, x);
-        left_operand(c, shared + V, first, block), mma_pair(d.k, c, e);
-        left_operand(c, shared + U, first, block), mma_pair(d.b, c, e);
-    }
-}
-
-DEVICE float decay_slope(float w) {  // of the base-e log decay to w
-    const float rise = inverse_of(1.0f + exp2_of(-LOG2E * w));
-    const float fall = inverse_of(1.0f + exp2_of(LOG2E * w));
-    return LOGIT ? -LOGIT_SCALE * rise * fall : 1.0f;
-}
-
-// By channels: the gradients of the inputs from those of the operands, in place of the operands;
-// dw straight to memory. `after`: what arrives at the log decays of the step's last token from the
-// tokens behind it, for columns 2 (lane % 4) + {0, 1, 8, 9} of the warp's channels; moves on.
-DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* w, char* dw,
-                        i64 stride, int left, float unit, float after[4]) {
-    const int first = STEP * step, lane = lane_id(), q = lane >> 2, warp = quarter();
-    const float* scales = step_scales(shared, step);
-    const float r_unit = unit * inverse_power(scales[0]), k_unit = unit * inverse_power(scales[1]);
-    const float a_unit = unit * inverse_power(scales[2]), b_unit = unit * scales[2];
-    const bool top_inside = first + q < left, bottom_inside = first + 8 + q < left;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        const int channel = 16 * warp + 8 * n + (lane & 3) * 2;
-        const int piece = 2 * warp + n, at = (lane & 3) * 4;
-        float w_top[2] = {}, w_bottom[2] = {};
-        const i64 top_row = (first + q) * stride + channel, bottom_row = top_row + 8 * stride;
-        if (W_FP32) {
-            if (top_inside) w_top[0] = ((const float*)w)[top_row], w_top[1] = ((const float*)w)[top_row + 1];
-            if (bottom_inside) w_bottom[0] = ((const float*)w)[bottom_row], w_bottom[1] = ((const float*)w)[bottom_row + 1];
-        } else {
-            if (top_inside) {
-                u32 x = *(const u32*)(w + 2 * top_row);
-                w_top[0] = low_input(x), w_top[1] = high_input(x);
-            }
-            if (bottom_inside) {
-                u32 x = *(const u32*)(w + 2 * bottom_row);
-                w_bottom[0] = low_input(x), w_bottom[1] = high_input(x);
-            }
+        if (BEFORE) rows_operand(x, state, 16 * block, warp);
+        if (AFTER) rows_operand(e, back, 16 * block, warp);
+        if (BEFORE) {
+            left_operand(c, shared + DY, first, block), mma_pair(d.r, c, x);
+            left_operand(c, z, 0, block), mma_pair(d.a, c, x);
         }
-        u32* r_top = (u32*)(shared + R + tile_at(first + q, piece) + at);
-        u32* r_bottom = (u32*)(shared + R + tile_at(first + q + 8, piece) + at);
-        u32* a_top = (u32*)(shared + A + tile_at(first + q, piece) + at);
-        u32* a_bottom = (u32*)(shared + A + tile_at(first + q + 8, piece) + at);
-        u32* k_top = (u32*)(shared + K + tile_at(first + q, piece) + at);
-        u32* k_bottom = (u32*)(shared + K + tile_at(first + q + 8, piece) + at);
-        u32* b_top = (u32*)(shared + B + tile_at(first + q, piece) + at);
-        u32* b_bottom = (u32*)(shared + B + tile_at(first + q + 8, piece) + at);
-        float dr[4], da[4], dk[4], db[4], dlog[4];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float log_top = top_inside ? log2_decay(w_top[i]) : 0.0f;
-            const float log_bottom = bottom_inside ? log2_decay(w_bottom[i]) : 0.0f;
-            float g_top = log_top, g_bottom = log_bottom;
-            sums_to_each(g_top, g_bottom);
-            const float middle = shuffle_from(g_top, 28 + (lane & 3));
-            g_top -= middle, g_bottom -= middle;
-            // What arrives at g and at e, from the operands as they were rounded.
-            const float q_top = (i ? high_half(*a_top) : low_half(*a_top)) * d.a[n][i];
-            const float q_bottom = (i ? high_half(*a_bottom) : low_half(*a_bottom)) * d.a[n][2 + i];
-            float top = q_top + (i ? high_half(*r_top) : low_half(*r_top)) * d.r[n][i] -
-                        (i ? high_half(*k_top) : low_half(*k_top)) * d.k[n][i] -
-                        (i ? high_half(*b_top) : low_half(*b_top)) * d.b[n][i];
-            float bottom = q_bottom + (i ? high_half(*r_bottom) : low_half(*r_bottom)) * d.r[n][2 + i] -
-                           (i ? high_half(*k_bottom) : low_half(*k_bottom)) * d.k[n][2 + i] -
-                           (i ? high_half(*b_bottom) : low_half(*b_bottom)) * d.b[n][2 + i];
-            sums_from_each(top, bottom);
-            const float behind = after[2 * n + i];
-            dlog[i] = (behind + top - q_top) * unit * decay_slope(w_top[i]);
-            dlog[2 + i] = (behind + bottom - q_bottom) * unit * decay_slope(w_bottom[i]);
-            after[2 * n + i] = behind + shuffle_from(top, lane & 3);
-            const float up_top = exp2_of(g_top), up_bottom = exp2_of(g_bottom);
-            const float down_top = inverse_of(up_top), down_bottom = inverse_of(up_bottom);
-            dr[i] = d.r[n][i] * up_top * r_unit, dr[2 + i] = d.r[n][2 + i] * up_bottom * r_unit;
-            da[i] = d.a[n][i] * exp2_of(g_top - log_top) * a_unit;
-            da[2 + i] = d.a[n][2 + i] * exp2_of(g_bottom - log_bottom) * a_unit;
-            dk[i] = d.k[n][i] * down_top * k_unit, dk[2 + i] = d.k[n][2 + i] * down_bottom * k_unit;
-            db[i] = d.b[n][i] * down_top * b_unit, db[2 + i] = d.b[n][2 + i] * down_bottom * b_unit;
-        }
-        *r_top = pack_input(dr[0], dr[1]), *r_bottom = pack_input(dr[2], dr[3]);
-        *a_top = pack_input(da[0], da[1]), *a_bottom = pack_input(da[2], da[3]);
-        *k_top = pack_input(dk[0], dk[1]), *k_bottom = pack_input(dk[2], dk[3]);
-        *b_top = pack_input(db[0], db[1]), *b_bottom = pack_input(db[2], db[3]);
-        if (W_FP32) {
-            if (top_inside) *(float2*)((float*)dw + top_row) = {dlog[0], dlog[1]};
-            if (bottom_inside) *(float2*)((float*)dw + bottom_row) = {dlog[2], dlog[3]};
-        } else {
-            if (top_inside) *(u32*)(dw + 2 * top_row) = pack_input(dlog[0], dlog[1]);
-            if (bottom_inside) *(u32*)(dw + 2 * bottom_row) = pack_input(dlog[2], dlog[3]);
+        if (AFTER) {
+            left_operand(c, shared + V, first, block), mma_pair(d.k, c, e);
+            left_operand(c, shared + U, first, block), mma_pair(d.b, c, e);
         }
     }
 }
 
 // A walking warp's sums, where Nᵀ was split before and the last of the scores' gradients will be.
 DEVICE float* sums_of(char* shared, int warp) {
-    return (float*)(step_squares(shared, warp) + 3 * SQUARE);
+    const int step = WARPS > STEPS ? warp % STEPS : warp, more = WARPS > STEPS ? warp / STEPS : 0;
+    return (float*)(step_squares(shared, step) + (3 + more) * SQUARE);
 }
 // Σ_v S ∘ E of the state after the chunk, into shared memory: E rounded as the gradients of the keys
 // will see it, so that a state which began empty leaves nothing.
@@ -339,7 +273,7 @@ DEVICE void passing_on(char* shared, const Rows& state, const Rows& E) {
     const float* to_end = step_to_end(shared, STEPS - 1);
     sync_walking();
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float f = to_end[8 * n + p + i];
@@ -355,16 +289,18 @@ DEVICE void passing_on(char* shared, const Rows& state, const Rows& E) {
 DEVICE void arriving(char* shared, float after[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int channel = 16 * quarter() + (i >> 1) * 8 + (lane_id() & 3) * 2 + (i & 1);
+        const int channel = 16 * member() + (i >> 1) * 8 + (lane_id() & 3) * 2 + (i & 1);
         after[i] = (sums_of(shared, 0)[channel] + sums_of(shared, 1)[channel]) +
                    (sums_of(shared, 2)[channel] + sums_of(shared, 3)[channel]);
+#pragma unroll
+        for (int warp = 4; warp < WARPS; ++warp) after[i] += sums_of(shared, warp)[channel];
     }
 }
 
 // A whole tile of finished gradients to memory, by one group.
 DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
-    for (int i = group_thread(); i < CHUNK * 8; i += GROUP) {
-        const int row = i >> 3, piece = i & 7;
+    for (int i = group_thread(); i < CHUNK * PIECES; i += GROUP) {
+        const int row = i >> PIECE_BITS, piece = i & (PIECES - 1);
         if (row < left)
             *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
     }
@@ -399,7 +335,7 @@ DEVICE float scale_values(char* shared, const float* saved_scale) {
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(PIPELINED ? 3 * GROUP : GROUP, PIPELINED ? 1 : 2)
+__global__ void __launch_bounds__(PIPELINED ? 3 * GROUP : GROUP, PIPELINED || N > 64 ? 1 : 2)
 wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
               const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
               const char* __restrict__ dy, const float* __restrict__ dfinal,
@@ -444,7 +380,7 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
             const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
             const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
             Rows state;
-            u32 second[4][4];
+            u32 second[N / 16][4];
             float after[4], v_scale = 1, unit = 1;
             if (walks) e_scale = scale_back(shared, E, e_scale);
             if (walks && GRADIENTS) {
@@ -464,17 +400,25 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
 #pragma unroll 1
             for (int step = STEPS - 1; step >= 0; --step) {
                 float out[2][4] = {};
-                if (walks && GRADIENTS && step == 1)
+                if (SHARED_TILE && GRADIENTS && step < STEPS - 1) {
+                    read_saved(state, states + index * N * N, states_scale + index * N,
+                               inverse_power(v_scale));
+                    rebuild_until(shared, step, state);
+                    store_state(state_tile(step), state);
+                }
+                if (!SHARED_TILE && walks && GRADIENTS && step == 1)
 #pragma unroll
                     for (int block = 0; block < N / 16; ++block)
                         store_left(state_tile(1), 16 * warp_id(), block, second[block]);
-                if (walks && GRADIENTS && step == 0) {
+                if (!SHARED_TILE && walks && GRADIENTS && step == 0) {
                     read_saved(state, states + index * N * N, states_scale + index * N,
                                inverse_power(v_scale));
                     times_channels(state, step_to_middle(shared, 0));
                     store_state(state_tile(0), state);
                 }
-                if (walks) rows_back(shared, step, E, out);
+                u32 dy_rows[4], z_rows[4];
+                if (walks) rows_back(shared, step, E, out, dy_rows, z_rows);
+                if (walks && !(SHARED_TILE && GRADIENTS)) pass_back(shared, step, E, dy_rows, z_rows);
                 if (!GRADIENTS) continue;
                 sync_both();
                 if (walks) {
@@ -491,10 +435,17 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
                         arriving(shared, after), unit = *unit_of_block;
                         sync_channels();
                     }
-                    Gradients d;
+                    Gradients d = {};
                     score_gradients(shared, step);
+                    if (SHARED_TILE) {  // the tile has the state; now that has been read, E
+                        through_states<true, false>(shared, step, d);
+                        sync_block();
+                        store_state(e_tile(step), E);
+                        pass_back(shared, step, E, dy_rows, z_rows);
+                    }
                     sync_channels();
-                    channel_gradients(shared, step, step_squares(shared, step), d);
+                    through_scores(shared, step, step_squares(shared, step), d);
+                    through_states<!SHARED_TILE, true>(shared, step, d);
                     sync_warp();
                     finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left,
                                 unit, after);

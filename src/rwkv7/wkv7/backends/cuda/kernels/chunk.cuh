@@ -5,16 +5,20 @@
 //     α = a·2^(e-m)   ρ = r·2^(g-m)   β = b·2^(m-g)   κ = k·2^(m-g)
 // g being the running sum of base-2 log decays within the step, e that of the tokens before, m the g
 // of the middle token. The state is carried times 2^m to match. X = (I - A_ab)⁻¹ is found in fp32.
-// Compiled with the macros INPUT_FP16, W_FP32, LOGIT and PACKED, each 0 or 1. The file that includes
-// this one says with BACKWARD, WITH_R, WITH_K and WITH_MOVE what it needs.
+// Compiled with the macros HEAD, the channels of a head, and INPUT_FP16, W_FP32, LOGIT and PACKED, each
+// 0 or 1. The file that includes this one says with BACKWARD, WITH_R, WITH_K and WITH_MOVE what it needs.
 #pragma once
 #include "warp.cuh"
 
-constexpr int N = 64;       // channels of a head, K = V
+constexpr int N = HEAD;     // channels of a head, K = V
 constexpr int CHUNK = 64;   // tokens between two states in memory
 constexpr int STEP = 16;    // tokens between two states in registers
 constexpr int STEPS = CHUNK / STEP;
 constexpr int TILE = CHUNK * N * 2;
+constexpr int PIECES = N / 8, PIECE_BITS = N > 64 ? 4 : 3;  // of 16 bytes, in a row of a tile
+// A step's channels are prepared 64 at a time, a part: all by one warp, or each by one of several.
+constexpr int PARTS = N / 64, WARPS_PER_STEP = WARPS / STEPS, OWN_PARTS = PARTS / WARPS_PER_STEP;
+constexpr int OWN_BLOCKS = 4 * OWN_PARTS;  // of 16 channels
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
@@ -65,17 +69,23 @@ DEVICE float log2_decay(float w) {
     return LOGIT ? -LOGIT_SCALE * LOG2E * inverse_of(1.0f + exp2_of(-LOG2E * w)) : w * LOG2E;
 }
 
-// Two neighbouring channels of a row: lane l has 2 l and 2 l + 1.
-DEVICE u32* channels_at(char* tile, int row) {
+// Two neighbouring channels of a row: lane l has 2 l and 2 l + 1 of a part.
+DEVICE u32* channels_at(char* tile, int row, int part) {
     int l = lane_id();
-    return (u32*)(tile + tile_at(row, l >> 2) + (l & 3) * 4);
+    return (u32*)(tile + tile_at(row, 8 * part + (l >> 2)) + (l & 3) * 4);
+}
+// The step that a warp prepares, the first of its parts there, and a barrier for the step's warps.
+DEVICE int prepared_step() { return WARPS_PER_STEP == 1 ? member() : member() % STEPS; }
+DEVICE int prepared_part() { return WARPS_PER_STEP == 1 ? 0 : member() / STEPS; }
+DEVICE void sync_step() {
+    WARPS_PER_STEP == 1 ? sync_warp() : sync_group(1 + prepared_step(), 32 * WARPS_PER_STEP);
 }
 
-// Starts copying a warp's rows of [tokens, H, 64] numbers of `width` bytes; those past the end
-// become zeros.
+// Starts copying the rows of a warp's step of [tokens, H, N] numbers of `width` bytes; those past the
+// end become zeros.
 DEVICE void load_rows(char* tile, const char* from, i64 stride, int tokens, int width) {
-    const int pieces = N * width / 16, first = STEP * quarter();
-    for (int i = lane_id(); i < STEP * pieces; i += 32) {
+    const int pieces = N * width / 16, first = STEP * prepared_step();
+    for (int i = 32 * prepared_part() + lane_id(); i < STEP * pieces; i += 32 * WARPS_PER_STEP) {
         int row = first + i / pieces, piece = i % pieces;
         int at = width == 2 ? tile_at(row, piece) : row * W_ROW + piece * 16;
         bool valid = row < tokens;
@@ -87,7 +97,8 @@ DEVICE void load_rows(char* tile, const char* from, i64 stride, int tokens, int 
 DEVICE float scale_of(char* tile, int first) {
     u32 most = 0;
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) most = max_pair(most, *channels_at(tile, first + j) & SIGNLESS);
+    for (int j = 0; j < STEP * PARTS; ++j)
+        most = max_pair(most, *channels_at(tile, first + j % STEP, j / STEP) & SIGNLESS);
     return power_of_two(warp_max(fmaxf(low_input(most), high_input(most))));
 }
 
@@ -98,13 +109,13 @@ DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
     for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
 }
 
-// Waits for the warp's rows; those of w past the end are made such that nothing decays there.
+// Waits for the step's rows; those of w past the end are made such that nothing decays there.
 DEVICE void rows_loaded(char* shared, int tokens) {
-    const int first = STEP * quarter();
+    const int first = STEP * prepared_step();
     copies_done();
-    sync_warp();
+    sync_step();
     if (!LOGIT || first + STEP <= tokens) return;  // zeros, as they were filled, are decays of 1
-    for (int i = lane_id(); i < STEP * N; i += 32) {
+    for (int i = 32 * prepared_part() + lane_id(); i < STEP * N; i += 32 * WARPS_PER_STEP) {
         const int row = first + i / N, channel = i % N;
         if (row < tokens) continue;
         if (W_FP32)
@@ -113,53 +124,57 @@ DEVICE void rows_loaded(char* shared, int tokens) {
             ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
                 INPUT_FP16 ? 0xfc00 : 0xff80;
     }
-    sync_warp();
+    sync_step();
 }
 
-// The operands of a warp's step, from its rows of the inputs. up0, up1: 2^(g-m) after each token.
-DEVICE void prepare_operands(char* shared) {
-    const int step = quarter(), lane = lane_id(), first = STEP * step;
-    float up0[STEP], up1[STEP], g0 = 0, g1 = 0;
+struct Decays {  // 2^(g-m) after each token of a step, of two channels; at first g itself
+    float up0[STEP], up1[STEP], before0, before1;  // before: 2^-m
+};
+
+// The decays of a part's channels, from the step's rows of w; 2^m and 2^(G-m) to shared memory.
+DEVICE void find_decays(char* shared, int step, int part, Decays& d) {
+    const int lane = lane_id(), first = STEP * step, channel = 64 * part + 2 * lane;
+    float g0 = 0, g1 = 0;
 #pragma unroll
     for (int j = 0; j < STEP; ++j) {
         float w0, w1;
         if (W_FP32) {
-            const float* row = (const float*)(shared + W + (first + j) * W_ROW) + 2 * lane;
+            const float* row = (const float*)(shared + W + (first + j) * W_ROW) + channel;
             w0 = row[0], w1 = row[1];
         } else {
-            u32 x = *channels_at(shared + W, first + j);
+            u32 x = *channels_at(shared + W, first + j, part);
             w0 = low_input(x), w1 = high_input(x);
         }
         g0 += log2_decay(w0), g1 += log2_decay(w1);
-        up0[j] = g0, up1[j] = g1;
+        d.up0[j] = g0, d.up1[j] = g1;
     }
-    const float m0 = up0[STEP / 2 - 1], m1 = up1[STEP / 2 - 1];
-    float* to_middle = step_to_middle(shared, step) + 2 * lane;
-    float* to_end = step_to_end(shared, step) + 2 * lane;
+    const float m0 = d.up0[STEP / 2 - 1], m1 = d.up1[STEP / 2 - 1];
+    float* to_middle = step_to_middle(shared, step) + channel;
+    float* to_end = step_to_end(shared, step) + channel;
     to_middle[0] = exp2_of(m0), to_middle[1] = exp2_of(m1);
     to_end[0] = exp2_of(g0 - m0), to_end[1] = exp2_of(g1 - m1);
-    float before0 = exp2_of(-m0), before1 = exp2_of(-m1);
+    d.before0 = exp2_of(-m0), d.before1 = exp2_of(-m1);
 #pragma unroll
-    for (int j = 0; j < STEP; ++j) up0[j] = exp2_of(up0[j] - m0), up1[j] = exp2_of(up1[j] - m1);
-    const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
-    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
-    const float a_scale = scale_of(shared + A, first);
-    const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
-    const float a_inverse = inverse_power(a_scale);
-    if (lane == 0) {
-        float* scales = step_scales(shared, step);
-        scales[0] = r_scale, scales[1] = k_scale, scales[2] = a_scale;
-    }
-    sync_warp();  // w has been read; its rows are used anew
+    for (int j = 0; j < STEP; ++j)
+        d.up0[j] = exp2_of(d.up0[j] - m0), d.up1[j] = exp2_of(d.up1[j] - m1);
+}
+
+// A part's channels of the operands over those of the inputs.
+DEVICE void turn_operands(char* shared, int step, int part, const Decays& d, float r_inverse,
+                          float k_inverse, float a_inverse, float a_scale) {
+    const int first = STEP * step;
     char* low = step_low(shared, step);
+    float before0 = d.before0, before1 = d.before1;
 #pragma unroll
     for (int j = 0; j < STEP; ++j) {
-        u32 *r = channels_at(shared + R, first + j), *k = channels_at(shared + K, first + j);
-        u32 *a = channels_at(shared + A, first + j), *b = channels_at(shared + B, first + j);
-        float down0 = inverse_of(up0[j]), down1 = inverse_of(up1[j]);
+        u32* r = channels_at(shared + R, first + j, part);
+        u32* k = channels_at(shared + K, first + j, part);
+        u32* a = channels_at(shared + A, first + j, part);
+        u32* b = channels_at(shared + B, first + j, part);
+        float down0 = inverse_of(d.up0[j]), down1 = inverse_of(d.up1[j]);
         if (WITH_R)
-            *r = pack_half(low_input(*r) * (up0[j] * r_inverse),
-                           high_input(*r) * (up1[j] * r_inverse));
+            *r = pack_half(low_input(*r) * (d.up0[j] * r_inverse),
+                           high_input(*r) * (d.up1[j] * r_inverse));
         u32 k_low = 0;
         if (WITH_K) {
             float k0 = low_input(*k) * (down0 * k_inverse);
@@ -171,18 +186,39 @@ DEVICE void prepare_operands(char* shared) {
         *b = pack_half(b0, b1);
         const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
         if (BACKWARD)
-            *channels_at(shared + K_LOW, first + j) = k_low,
-            *channels_at(shared + B_LOW, first + j) = b_low;
+            *channels_at(shared + K_LOW, first + j, part) = k_low,
+            *channels_at(shared + B_LOW, first + j, part) = b_low;
         else
-            *channels_at(shared + LOWS, first + j) =
+            *channels_at(shared + LOWS, first + j, part) =
                 (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
         float a0 = low_input(*a) * (before0 * a_inverse);
         float a1 = high_input(*a) * (before1 * a_inverse);
         *a = pack_half(a0, a1);
-        *channels_at(low, first + j) = pack_half(a0 - low_half(*a), a1 - high_half(*a));
-        before0 = up0[j], before1 = up1[j];
+        *channels_at(low, first + j, part) = pack_half(a0 - low_half(*a), a1 - high_half(*a));
+        before0 = d.up0[j], before1 = d.up1[j];
     }
-    sync_warp();
+}
+
+// The operands of a step, from its rows of the inputs.
+DEVICE void prepare_operands(char* shared) {
+    const int step = prepared_step(), first = STEP * step, part = prepared_part();
+    Decays decays[OWN_PARTS];
+#pragma unroll
+    for (int i = 0; i < OWN_PARTS; ++i) find_decays(shared, step, part + i, decays[i]);
+    const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
+    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
+    const float a_scale = scale_of(shared + A, first);
+    const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
+    const float a_inverse = inverse_power(a_scale);
+    if (lane_id() == 0 && part == 0) {
+        float* scales = step_scales(shared, step);
+        scales[0] = r_scale, scales[1] = k_scale, scales[2] = a_scale;
+    }
+    sync_step();  // w has been read, and the inputs for their scales; their rows are used anew
+#pragma unroll
+    for (int i = 0; i < OWN_PARTS; ++i)
+        turn_operands(shared, step, part + i, decays[i], r_inverse, k_inverse, a_inverse, a_scale);
+    sync_step();
 }
 
 // (I - A_ab)⁻¹ of a step, a column a lane, by forward substitution in fp32; kept as two squares of
@@ -271,11 +307,11 @@ DEVICE void find_scores(const char* shared, int first, const char* alpha_low, fl
 
 // W = X·α of a step.
 DEVICE void find_move(char* shared, int step, const char* inverse) {
-    const int first = STEP * step;
+    const int first = STEP * step, from = prepared_part() * OWN_BLOCKS;
     u32 x_high[4], x_low[4];
     left_square(x_high, inverse), left_square(x_low, inverse + SQUARE);
 #pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
+    for (int block = from; block < from + OWN_BLOCKS; ++block) {
         u32 high[4], low[4];
         rows_operand(high, shared + A, first, block);
         rows_operand(low, step_low(shared, step), first, block);
@@ -288,12 +324,12 @@ DEVICE void find_move(char* shared, int step, const char* inverse) {
 // W_b = Xᵀ·β of a step, and κ + Nᵀ·β, by which E reaches v: on a repeated key its terms cancel, and
 // they do so here, in fp32, before E multiplies what is left.
 DEVICE void find_move_back(char* shared, int step, const char* inverse, const char* squares) {
-    const int first = STEP * step;
+    const int first = STEP * step, from = prepared_part() * OWN_BLOCKS;
     u32 x_high[4], x_low[4], n_high[4], n_low[4];
     rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
     if (WITH_K) rows_square(n_high, squares), rows_square(n_low, squares + 3 * SQUARE);
 #pragma unroll
-    for (int block = 0; block < N / 16; ++block) {
+    for (int block = from; block < from + OWN_BLOCKS; ++block) {
         u32 b_high[4], b_low[4], high[4], low[4];
         float w[2][4] = {}, key[2][4];
         left_transposed(b_high, shared + B, first, block);
@@ -315,19 +351,11 @@ DEVICE void find_move_back(char* shared, int step, const char* inverse, const ch
     }
 }
 
-// All that a warp's step needs before the state: operands, X, W, and squares [16, 16] at
-// step_squares: N = X·A_ak; forward A_rk and A_rb, by which v and U reach y; backward
+// The squares [16, 16] of a step: N = X·A_ak; forward A_rk and A_rb, by which v and U reach y; backward
 // G = A_rk + A_rb·N and P = A_rb·X, by which dY reaches v and Z. What cancels in these products on a
 // repeated key does so in fp32, before it is rounded.
-DEVICE void prepare(char* shared) {
-    const int step = quarter(), first = STEP * step;
-    prepare_operands(shared);
-    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
-    find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);
-    char *inverse = step_inverse(shared, step), *squares = step_squares(shared, step);
-    invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
-    if (WITH_MOVE) find_move(shared, step, inverse);
-    sync_warp();  // the low part of α has been read; its rows are used anew
+DEVICE void find_squares(const char* inverse, char* squares, const float ak[2][4],
+                         const float rb[2][4], float rk[2][4]) {
     u32 high[4], low[4], x_high[4], x_low[4];
     if (WITH_K) {
         float n[2][4] = {};
@@ -351,8 +379,26 @@ DEVICE void prepare(char* shared) {
             multiply_split(rk, high, low, x_high, x_low);
             store_square(squares + SQUARE, rk);
         }
-        find_move_back(shared, step, inverse, squares);
     } else if (WITH_R) {
         store_square(squares + SQUARE, rk), store_square(squares + 2 * SQUARE, rb);
     }
+}
+
+// All that a step needs before the state: operands, X, W, and the squares at step_squares.
+DEVICE void prepare(char* shared) {
+    const int step = prepared_step(), first = STEP * step;
+    const bool leads = prepared_part() == 0;  // of the step's warps, the one that finds the squares
+    prepare_operands(shared);
+    float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
+    char *inverse = step_inverse(shared, step), *squares = step_squares(shared, step);
+    if (leads) {
+        find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);
+        invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
+    }
+    if (WARPS_PER_STEP > 1) sync_step();
+    if (WITH_MOVE) find_move(shared, step, inverse);
+    sync_step();  // the low part of α has been read; its rows are used anew
+    if (leads) find_squares(inverse, squares, ak, rb, rk);
+    if (WARPS_PER_STEP > 1) sync_step();
+    if (BACKWARD) find_move_back(shared, step, inverse, squares);
 }

@@ -1,7 +1,8 @@
-// Forward: one block a (sequence, head), a walk over its chunks with the state in registers.
+// Forward: a walk over the chunks of a (sequence, head) with the state in registers, one block for every
+// 64 rows of the state [V, K].
 //
-// Warp w has the rows 16 w.. of the state [V, K] and no business with the others': a product's
-// fragment is the next product's operand. See chunk.cuh for the operands.
+// A warp has 16 of them and no business with the others': a product's fragment is the next product's
+// operand. See chunk.cuh for the operands.
 // The macro SAVE keeps the states before the chunks. OUTPUT 0 leaves y out: what a segment does to the
 // empty state. VALUES 0 leaves v out too and starts from the identity: what it does to any other.
 // PIPELINED 1 is for few sequences and heads: a block has four more warps, which prepare the next chunk
@@ -16,17 +17,17 @@ constexpr int FORWARD_BYTES = (1 + PIPELINED) * PREPARED_BYTES;
 
 // The state before a chunk, for the backward pass: fp16, a power of two a row.
 DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    const int v = first_row() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
     float top = 0, bottom = 0;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         top = fmaxf(top, fmaxf(fabsf(state.s[n][0]), fabsf(state.s[n][1])));
         bottom = fmaxf(bottom, fmaxf(fabsf(state.s[n][2]), fabsf(state.s[n][3])));
     }
     top = power_of_two(row_max(top)), bottom = power_of_two(row_max(bottom));
     const float i = inverse_power(top), j = inverse_power(bottom);
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         *(u32*)(states + v * N + 8 * n + p) = pack_half(state.s[n][0] * i, state.s[n][1] * i);
         *(u32*)(states + (v + 8) * N + 8 * n + p) = pack_half(state.s[n][2] * j, state.s[n][3] * j);
     }
@@ -34,9 +35,9 @@ DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale
 }
 
 DEVICE void identity(Rows& state) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    const int v = first_row() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             state.s[n][i] = v + (i & 2) * 4 == 8 * n + p + (i & 1) ? 1.0f : 0.0f;
@@ -115,7 +116,7 @@ DEVICE void walk_step(char* shared, int step, Rows& state, const u32 v[4], u32 o
 // A chunk: the state is given and left divided by `scale`, a power of two of the warp's own.
 DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, char* y, i64 stride,
                        int left) {
-    const int at = 2 * (16 * warp_id() + (lane_id() & 3) * 2);
+    const int at = 2 * (first_row() + (lane_id() & 3) * 2);
     u32 value[STEPS][4];
     float most = largest(state) * scale;
 #pragma unroll
@@ -148,13 +149,13 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const char* v, c
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__((1 + PIPELINED) * GROUP, (W_FP32 ? 3 : 4) / (1 + PIPELINED))
+__global__ void __launch_bounds__((1 + PIPELINED) * GROUP, (W_FP32 ? 3 : 4) / (BLOCKS + PIPELINED))
 wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
              const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
              const float* __restrict__ initial, char* __restrict__ y, float* __restrict__ final,
              u16* __restrict__ states, float* __restrict__ states_scale,
              const i64* __restrict__ offsets, int T, int H) {
-    const int pair = blockIdx.x, s = pair / H, h = pair % H;
+    const int pair = blockIdx.x / BLOCKS, s = pair / H, h = pair % H;
     const i64 start = PACKED ? offsets[s] : (i64)s * T;
     const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
     const int chunks = (tokens + CHUNK - 1) / CHUNK;

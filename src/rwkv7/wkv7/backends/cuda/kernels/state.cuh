@@ -1,4 +1,4 @@
-// The state in registers: warp w of a block has the rows 16 w.. of the state [V, K].
+// The state in registers: a warp has 16 rows of the state [V, K].
 #pragma once
 #include "chunk.cuh"
 
@@ -6,15 +6,22 @@
 extern __shared__ __align__(128) char shared_memory[];
 #endif
 
-// The warp's rows of the state: eight tiles [16, 8] side by side.
+// Several blocks have the rows of one (sequence, head), where a block has too few warps for all.
+constexpr int BLOCKS = N / (16 * WARPS);
+// The first row of the warp's.
+DEVICE int first_row() {
+    return 16 * (BLOCKS == 1 ? warp_id() : blockIdx.x % BLOCKS * WARPS + warp_id());
+}
+
+// The warp's rows of the state: tiles [16, 8] side by side.
 struct Rows {
-    float s[8][4];
+    float s[N / 8][4];
 };
 
 DEVICE void times_channels(Rows& state, const float* factor) {
     const int p = (lane_id() & 3) * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         const float2 f = *(const float2*)(factor + 8 * n + p);
         state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
     }
@@ -24,7 +31,7 @@ DEVICE void times_channels(Rows& state, const float* factor) {
 DEVICE void times_channels(Rows& state, const float* one, const float* other) {
     const int p = (lane_id() & 3) * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         float2 f = *(const float2*)(one + 8 * n + p);
         const float2 g = *(const float2*)(other + 8 * n + p);
         f.x *= g.x, f.y *= g.y;
@@ -34,7 +41,7 @@ DEVICE void times_channels(Rows& state, const float* one, const float* other) {
 
 DEVICE void times(Rows& state, float factor) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) state.s[n][i] *= factor;
 }
@@ -42,7 +49,7 @@ DEVICE void times(Rows& state, float factor) {
 DEVICE float largest(const Rows& state) {
     float most = 0;
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+    for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state.s[n][i]));
     return most;
@@ -50,9 +57,9 @@ DEVICE float largest(const Rows& state) {
 
 // state [V, K] of fp32 in memory: to registers, and back.
 DEVICE void read_rows(Rows& state, const float* from) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    const int v = first_row() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         const float2 top = *(const float2*)(from + v * N + 8 * n + p);
         const float2 bottom = *(const float2*)(from + (v + 8) * N + 8 * n + p);
         state.s[n][0] = top.x, state.s[n][1] = top.y;
@@ -60,9 +67,9 @@ DEVICE void read_rows(Rows& state, const float* from) {
     }
 }
 DEVICE void write_rows(const Rows& state, float* to, float scale) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+    const int v = first_row() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N / 8; ++n) {
         float2 top = {state.s[n][0] * scale, state.s[n][1] * scale};
         float2 bottom = {state.s[n][2] * scale, state.s[n][3] * scale};
         *(float2*)(to + v * N + 8 * n + p) = top;

@@ -124,9 +124,10 @@ DEVICE void sync_group(int barrier, int threads) {
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
 
-// Four warps do a chunk's work together, each a quarter of it; a block may have several such groups.
-constexpr int GROUP = 128;
-DEVICE int quarter() { return warp_id() & 3; }
+// A group of warps does a chunk's work together, four forward, which have 64 rows of the state [V, K];
+// backward, where gradients are sums over V, as many as have all rows. A block may have several groups.
+constexpr int WARPS = BACKWARD ? HEAD / 16 : 4, GROUP = 32 * WARPS;
+DEVICE int member() { return warp_id() & (WARPS - 1); }
 DEVICE int group_thread() { return threadIdx.x & (GROUP - 1); }
 
 DEVICE float low_half(u32 x) { return half_value((u16)(x & 0xffffu)); }
@@ -154,13 +155,13 @@ DEVICE float inverse_power(float p) { return from_bits(0x7f000000u - bits_of(p))
 
 // ---- Tiles in shared memory, 16-bit numbers ------------------------------------------------------
 
-// A tile [rows, 64], 128 bytes a row; the 16-byte pieces of a row are permuted so that eight rows'
-// same piece lie in different banks.
-DEVICE int tile_at(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+// A tile [rows, HEAD]; the 16-byte pieces of a row are permuted so that eight rows' same piece lie in
+// different banks.
+DEVICE int tile_at(int row, int piece) { return row * (2 * HEAD) + ((piece ^ (row & 7)) << 4); }
 // A tile [16, 16], 32 bytes a row, permuted likewise.
 DEVICE int square_at(int row, int piece) { return row * 32 + ((piece ^ (row >> 2 & 1)) << 4); }
 
-// Operands from rows first.. of a tile X [rows, 64]; channels 16 block..
+// Operands from rows first.. of a tile X [rows, HEAD]; channels 16 block..
 // left: X itself as the left operand. columns: Xᵀ as the right operand, two tiles of 8 rows of X:
 // r[0], r[1] for the first, r[2], r[3] for the second. rows: X as the right operand, r[0], r[1] for
 // channels 0-7 of the block, r[2], r[3] for 8-15.
