@@ -14,7 +14,7 @@ _WARPS = 8
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)², of any shape."""
+    """max(x, 0)² of x [..., C]."""
     return _squared_relu(x) if runs_fused(x) else torch.relu(x).square()
 
 
@@ -24,9 +24,10 @@ def _squared_relu(x: Tensor) -> Tensor:
 
     y = x.new_empty(x.shape)
     if count := x.numel():
+        C = x.shape[-1]
         with on_device_of(x):
             squared_relu[(-(-count // _BLOCK),)](
-                x.contiguous(), y, count, BLOCK=_BLOCK, num_warps=_WARPS
+                x.contiguous(), y, count // C, C=C, BLOCK=_BLOCK, num_warps=_WARPS
             )
     return y
 
@@ -42,9 +43,10 @@ def _squared_relu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
     dx = x.new_empty(x.shape)
     if count := x.numel():
+        C = x.shape[-1]
         with on_device_of(x):
             squared_relu_back[(-(-count // _BLOCK),)](
-                x.contiguous(), dy.contiguous(), dx, count, BLOCK=_BLOCK, num_warps=_WARPS
+                x.contiguous(), dy.contiguous(), dx, count // C, C=C, BLOCK=_BLOCK, num_warps=_WARPS
             )
     return dx
 
