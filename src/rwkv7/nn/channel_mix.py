@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rwkv7.config import ModelConfig
 
 from .before import Before
-from .fused import mix, shifted_mixes, squared_relu
+from .fused import mixed_in_pool_, shifted_mixes, squared_relu
 from .linear import Linear
-from .token_shift import Packing, Slots, shift_in_pool_
+from .token_shift import Packing, Slots
 
 
 class ChannelMix(nn.Module):
@@ -46,7 +46,7 @@ class ChannelMix(nn.Module):
 
     def step_(self, x: Tensor, shift: Tensor, slots: Slots) -> Tensor:
         """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
-        (mixed,) = mix(x, shift_in_pool_(x, shift, slots), (self.x_k,))
+        (mixed,) = mixed_in_pool_(x, shift, slots, (self.x_k,))
         return self._fed(mixed)
 
     def _fed(self, mixed: Tensor) -> Tensor:

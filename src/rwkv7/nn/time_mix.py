@@ -14,9 +14,18 @@ from rwkv7.state import wide_dtype
 from rwkv7.wkv7 import wkv7, wkv7_step_
 
 from .before import Before
-from .fused import gated_output, key_operands, mix, shifted_mixes
+from .fused import (
+    Projections,
+    StepParameters,
+    gated_output,
+    key_operands,
+    mixed_in_pool_,
+    runs_fused_step,
+    shifted_mixes,
+    time_mix_step_,
+)
 from .linear import Linear
-from .token_shift import Packing, Slots, shift_in_pool_
+from .token_shift import Packing, Slots
 
 # Group norm's eps is 64e-5 for heads of 64: one 1e-5 for each channel of a head.
 GROUP_NORM_EPS = 1e-5
@@ -90,7 +99,8 @@ class TimeMix(nn.Module):
         if before is not None:
             shift = before.shift(x, shift)
         mixed, shift = shifted_mixes(x, shift, packed, self._mixes())
-        inputs, g, v_first = self._inputs(mixed, v_first)
+        projections = self._projections(mixed)
+        inputs, v_first = self._operands(projections, v_first)
         if before is None and self._may_step(x, packed, backend):
             state = _zeros(inputs) if state is None else state.clone()
             r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
@@ -99,7 +109,7 @@ class TimeMix(nn.Module):
             offsets = None if packed is None else packed.offsets
             operator = wkv7 if before is None else before.wkv7
             y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
-        return self._gated(y, inputs, g), v_first, shift, state
+        return self._gated(y, inputs, projections.g), v_first, shift, state
 
     def step_(
         self,
@@ -114,32 +124,51 @@ class TimeMix(nn.Module):
         `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, 1, C], layer
         0's value).
         """
-        mixed = mix(x, shift_in_pool_(x, shift, slots), self._mixes())
-        inputs, g, v_first = self._inputs(mixed, v_first)
+        projections = self._projections(mixed_in_pool_(x, shift, slots, self._mixes()))
+        if runs_fused_step(state, projections):
+            parameters = StepParameters(
+                self.w0,
+                self.a0,
+                self.v0 if self.mixes_value else None,
+                self.k_k,
+                self.k_a,
+                self.r_k,
+                self.ln_x.weight,
+                self.ln_x.bias,
+            )
+            y = time_mix_step_(projections, v_first, parameters, self.ln_x.eps, state, slots.wkv)
+            return self.output(y), projections.v if v_first is None else v_first
+        inputs, v_first = self._operands(projections, v_first)
         r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
         y = wkv7_step_(r, w, k, v, a, b, state, slots=slots.wkv)
-        return self._gated(y.unsqueeze(1), inputs, g), v_first
+        return self._gated(y.unsqueeze(1), inputs, projections.g), v_first
 
     def _mixes(self) -> tuple[Tensor, ...]:
         return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
 
-    def _inputs(
-        self, mixed: tuple[Tensor, ...], v_first: Tensor | None
-    ) -> tuple[Inputs, Tensor, Tensor]:
-        """The operator's r, w, k, v, a, b [B, T, H, N], the gate and layer 0's value [B, T, C]."""
+    def _projections(self, mixed: tuple[Tensor, ...]) -> Projections:
         xr, xw, xk, xv, xa, xg = mixed
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if v_first is None:
+        return Projections(
+            r=self.receptance(xr),
+            w=torch.tanh(xw @ self.w1) @ self.w2,
+            k=self.key(xk),
+            v=self.value(xv),
+            rate=xa @ self.a1 @ self.a2,
+            share=xv @ self.v1 @ self.v2 if self.mixes_value else None,
+            g=torch.sigmoid(xg @ self.g1) @ self.g2,
+        )
+
+    def _operands(self, p: Projections, v_first: Tensor | None) -> tuple[Inputs, Tensor]:
+        """The operator's r, w, k, v, a, b [B, T, H, N], and layer 0's value [B, T, C]."""
+        v = p.v
+        if v_first is None or p.share is None:
             v_first = v
         else:
-            share = torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
+            share = torch.sigmoid(self.v0 + p.share)
             v = torch.addcmul(v, v_first - v, share.to(v.dtype))
-        rate = xa @ self.a1 @ self.a2
-        k, removal, replacement = key_operands(k, rate, self.a0, self.k_k, self.k_a, self.heads)
-        shape = (*xr.shape[:2], self.heads, self.head_size)
-        return (r.view(shape), w.view(shape), k, v.view(shape), removal, replacement), g, v_first
+        k, removal, replacement = key_operands(p.k, p.rate, self.a0, self.k_k, self.k_a, self.heads)
+        r, w, v = (z.view(k.shape) for z in (p.r, self.w0 + p.w, v))
+        return (r, w, k, v, removal, replacement), v_first
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:
         # One token a sequence on the CPU, no gradient wanted and no backend named: the step is

@@ -8,6 +8,24 @@ from .activation import squared_relu
 from .keys import key_operands
 from .launch import use_fused
 from .output import gated_output
-from .shift import mix, shifted_mixes
+from .shift import shifted_mixes
+from .step import (
+    Projections,
+    StepParameters,
+    mixed_in_pool_,
+    runs_fused_step,
+    time_mix_step_,
+)
 
-__all__ = ["gated_output", "key_operands", "mix", "shifted_mixes", "squared_relu", "use_fused"]
+__all__ = [
+    "Projections",
+    "StepParameters",
+    "gated_output",
+    "key_operands",
+    "mixed_in_pool_",
+    "runs_fused_step",
+    "shifted_mixes",
+    "squared_relu",
+    "time_mix_step_",
+    "use_fused",
+]

@@ -14,7 +14,7 @@ from rwkv7.nn.token_shift import Packing, token_shift
 
 from .launch import channel_block, on_device_of, rows_apiece, runs_fused
 
-_MOST = 6
+MOST_MIXES = 6
 _ROWS = 16  # a forward program's
 _WARPS = {"forward": 4, "backward": 2}
 
@@ -30,10 +30,10 @@ def shifted_mixes(
     `carried` and `packed` are as in `token_shift`. There are one or six mixes. Under autocast the
     kernel writes autocast's dtype, which the matrix products that follow would cast to.
     """
-    if len(mixes) in (1, _MOST) and runs_fused(x, *mixes):
+    if len(mixes) in (1, MOST_MIXES) and runs_fused(x, *mixes):
         sequences = x.shape[0] if packed is None else packed.sequences
         sequence = None if packed is None else packed.sequence
-        *mixed, last = _shift_mix(x, carried, sequence, list(mixes), sequences, _products_dtype(x))
+        *mixed, last = _shift_mix(x, carried, sequence, list(mixes), sequences, products_dtype(x))
         return tuple(mixed), last
     before, last = token_shift(x, carried, packed)
     return mix(x, before, mixes), last
@@ -45,10 +45,16 @@ def mix(x: Tensor, before: Tensor, mixes: tuple[Tensor, ...]) -> tuple[Tensor, .
     return tuple(torch.addcmul(x, delta, m) for m in mixes)
 
 
-def _products_dtype(x: Tensor) -> torch.dtype:
+def products_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of x would be cast to: autocast's dtype under it, else x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def six(tensors: list[Tensor]) -> list[Tensor]:
+    """One or six tensors as the six arguments of a kernel, which reads the first COUNT of them."""
+    return [*tensors, *tensors[:1] * (MOST_MIXES - len(tensors))]
 
 
 @torch.library.custom_op("rwkv7::shift_mix", mutates_args=())
@@ -73,7 +79,7 @@ def _shift_mix(
         with on_device_of(x):
             shift_mix[grid](
                 x.contiguous(), _contiguous(carried), sequence,
-                *_six(mixes), *_six(mixed), last, B * T, T,
+                *six(mixes), *six(mixed), last, B * T, T,
                 C=C, BR=_ROWS, BC=block, COUNT=len(mixes), PACKED=sequence is not None,
                 GIVEN=carried is not None, num_warps=_WARPS["forward"],
             )  # fmt: skip
@@ -120,8 +126,8 @@ def _shift_mix_backward(
     if programs:
         with on_device_of(x):
             shift_mix_back[(programs, -(-C // block))](
-                x.contiguous(), _contiguous(carried), sequence, *_six(mixes),
-                *_six([dy.contiguous() for dy in dmixed]), _contiguous(dlast),
+                x.contiguous(), _contiguous(carried), sequence, *six(mixes),
+                *six([dy.contiguous() for dy in dmixed]), _contiguous(dlast),
                 dx, dcarried, parts, B * T, T, span,
                 C=C, BC=block, COUNT=count, PACKED=sequence is not None,
                 GIVEN=carried is not None, HAS_DLAST=dlast is not None,
@@ -165,10 +171,6 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 _shift_mix.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def _six(tensors: list[Tensor]) -> list[Tensor]:
-    return [*tensors, *tensors[:1] * (_MOST - len(tensors))]
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
