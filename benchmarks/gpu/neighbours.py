@@ -4,7 +4,8 @@
 
 A neighbour's bytes are its inputs, outputs and gradients, each once; their share is of the speed
 at which the card copies. `bfloat16` has all in bf16, `autocast` what a model with fp32 weights
-makes of it, with the casts before the next product. Errors are against float64.
+makes of it, with the casts before the next product. Errors are against float64. `step` is a time
+mix's whole step for B sequences, projections included, in bf16 as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import torch
 from record import Record
 from torch import Tensor
 
+from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.benchmark import clock
 from rwkv7.machine import device_called
+from rwkv7.nn import TimeMix
 from rwkv7.nn.fused import gated_output, key_operands, shifted_mixes, squared_relu, use_fused
+from rwkv7.nn.token_shift import slots_of
+from rwkv7.wkv7 import unchecked
 
 HEAD_SIZE = 64
 JUDGED = 512  # tokens of one sequence whose errors are taken
@@ -50,6 +55,10 @@ def main() -> None:
     copied = _copy_speed(device)
     record.keep({"part": "copy", "bytes_per_s": copied})
     for size in options.sizes.split(","):
+        width = int(size.split("x")[2])
+        for batch in (1, 64, 1024):
+            measure = functools.partial(_step, width, batch, device)
+            record.part(f"step, {batch} sequences, C = {width}", measure, needs=10)
         B, T, C = (int(number) for number in size.split("x"))
         for name, neighbour in _neighbours(B, T, C).items():
             for mode in ("bfloat16", "autocast"):
@@ -114,6 +123,42 @@ def _measured(
     for what in ("forward", "training"):
         found[f"{what}_gain"] = found["plain"][f"{what}_ms"] / found["fused"][f"{what}_ms"]
     return found
+
+
+def _step(width: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Microseconds of one step of a layer's time mix, and the largest difference of both sides."""
+    config = ModelConfig.from_sizes(vocab_size=2, width=width, layers=2, head_size=HEAD_SIZE)
+    model = RWKV7(config, torch.bfloat16, device)
+    layer: TimeMix = model.blocks[1].att  # type: ignore[assignment, union-attr]
+    rows = torch.arange(batch, device=device)
+    slots = slots_of(rows, rows, batch + 1)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for x in layer.parameters():
+            x.normal_(generator=generator).mul_(x.shape[-1] ** -0.5 if x.dim() > 1 else 0.5)
+        x = torch.randn(batch, 1, width, generator=generator, device=device).bfloat16()
+        found: dict[str, Any] = {}
+        outputs = []
+        for side, fused in (("fused", True), ("plain", False)):
+            pool = ModelState.zeros(config, batch + 1, torch.bfloat16, device).layers[1]
+            with use_fused(fused), unchecked():
+                run = functools.partial(layer.step_, x, x, pool.time_shift, pool.wkv, slots)
+                run()
+                outputs.append(run()[0].double())
+                found[f"{side}_us"] = clock.seconds(_graphed(run, device), device) * 1e6
+    found["gain"] = found["plain_us"] / found["fused_us"]
+    found["difference"] = float((outputs[0] - outputs[1]).norm() / outputs[1].norm())
+    return found
+
+
+def _graphed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    if device.type != "cuda":
+        return run
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def _outputs(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from nn.fused.neighbours import drawn, errors, keys, outcome, output, relu, shift
 
+from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.nn.fused import use_fused
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +87,35 @@ def test_more_than_two_thousand_million_numbers():
         del big
         squares = relu(drawn(torch.bfloat16, CUDA)).function(x)[0]
         assert torch.equal(squares[:, -8:], relu(drawn(torch.bfloat16, CUDA)).function(tail)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_steps_of_a_model_in_a_cuda_graph(head_size, dtype):
+    config = ModelConfig.from_sizes(vocab_size=97, width=256, layers=3, head_size=head_size)
+    exact = RWKV7(config, torch.float64, CUDA)
+    with torch.no_grad():
+        for x in exact.parameters():
+            x.add_(torch.randn_like(x), alpha=0.5 * x.shape[-1] ** -0.5)
+    exact = exact.to(dtype).double()
+    model = RWKV7(config, dtype, CUDA)
+    model.load_state_dict(exact.state_dict())
+    tokens = torch.randint(97, (5, 4), device=CUDA)
+    slots = torch.tensor([3, 0, -1, 2], device=CUDA)
+    used = slots >= 0
+    pools = [ModelState.zeros(config, 5, kind, CUDA) for kind in (torch.float64, dtype, dtype)]
+    token = tokens[0].clone()
+    model.step_(token, ModelState.zeros(config, 5, dtype, CUDA), slots)  # compiled before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model.step_(token, pools[1], slots)
+    for row in tokens:
+        expected = exact.step_(row, pools[0], slots)
+        with use_fused(False):
+            plain = model.step_(row, pools[2], slots)
+        token.copy_(row)
+        graph.replay()
+        fused, other = (
+            float((x - expected)[used].norm() / expected[used].norm()) for x in (logits, plain)
+        )
+        assert fused < 1.2 * other + 1e-6
