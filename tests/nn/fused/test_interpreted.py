@@ -86,7 +86,7 @@ def test_keys_that_vanish():
     check(problem)
 
 
-@pytest.mark.parametrize("value", [-60.0, 60.0])
+@pytest.mark.parametrize("value", [-60.0, 12.0])
 def test_learning_rates_that_saturate(value):
     problem = keys(NORMAL)
     problem.tensors[1].fill_(value)
