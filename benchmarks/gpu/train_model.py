@@ -1,7 +1,7 @@
 """Whole training steps beside FLA's RWKV-7 model: tokens/s and memory; the MFU of a larger one.
 
     python benchmarks/gpu/train_model.py OUT [--limit 570] [--backend triton] [--parts ours,fla,mfu]
-    python benchmarks/gpu/train_model.py OUT --profile
+    python benchmarks/gpu/train_model.py OUT --profile [--plain]
 
 A step is loss, gradients, clipping and AdamW over packed documents; both sides get the same ones.
 Rows (of 4,096 tokens) are as many as fit both. What the sides are is in `contestants`.
@@ -10,6 +10,7 @@ Rows (of 4,096 tokens) are as many as fit both. What the sides are is in `contes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import time
@@ -24,6 +25,7 @@ from step_profile import regions
 
 from rwkv7.config import ModelConfig
 from rwkv7.machine import device_called
+from rwkv7.nn.fused import use_fused
 from rwkv7.training import TrainSettings
 from rwkv7.training.batch import IGNORED, Batch
 from rwkv7.training.watch.speed import Utilisation
@@ -37,6 +39,11 @@ SECONDS, MOST_STEPS = 12.0, 30  # of a measurement
 def main() -> None:
     """Measures what --parts names, the peer after ours at the same number of rows."""
     options = _options()
+    with use_fused(False) if options.plain else contextlib.nullcontext():
+        _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")  # both sides; the peer's loss has fp32 products
     device = device_called(options.device)
     record = Record(options.out, "train_model", device, options.limit)
@@ -61,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--backend", help="the operator's; default: the library's choice")
     parser.add_argument("--parts", default="ours,fla,mfu")
     parser.add_argument("--profile", action="store_true", help="one step of ours, by kernel")
+    parser.add_argument("--plain", action="store_true", help="without our fused neighbours")
     parser.add_argument("--device")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)

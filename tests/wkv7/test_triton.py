@@ -5,41 +5,17 @@ The interpreter multiplies in fp32 and truncates bf16, so precision is judged wi
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
+from triton_interpreter import load
 
 from rwkv7.wkv7 import explain, wkv7, wkv7_step_
 from rwkv7.wkv7.contract import log_decay
 
-if torch.cuda.is_available():
-    pytest.skip("the kernels are tested on the GPU itself", allow_module_level=True)
-# Triton decides when it is imported, and again for each kernel, whether to interpret.
-with pytest.MonkeyPatch.context() as _early:
-    _early.setenv("TRITON_INTERPRET", "1")
-    triton = pytest.importorskip("triton")
-    for _name in ("tokens", "maps", "walks", "gradients"):
-        importlib.import_module(f"rwkv7.wkv7.backends.triton.kernels.{_name}")
-if type(triton.language.sum).__name__ != "InterpretedFunction":
-    pytest.skip("triton was imported before, to compile", allow_module_level=True)
+load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "gradients")
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run on the CPU inside these tests only."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    inside = importlib.import_module("triton.runtime.interpreter")
-    patch = inside._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        # Triton 3.6 takes int() of an array of one element, which numpy 2.4 refuses.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(inside, "_patch_lang_tensor", patched)
 
 
 def inputs(B, T, H, K, V, decay="logit", kind="random"):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rwkv7.config import ModelConfig
 
 from .before import Before
+from .fused import mixed_in_pool_, shifted_mixes, squared_relu
 from .linear import Linear
-from .token_shift import Packing, Slots, shift_in_pool_, token_shift
+from .token_shift import Packing, Slots
 
 
 class ChannelMix(nn.Module):
@@ -40,13 +41,13 @@ class ChannelMix(nn.Module):
         """(output [B, T, C], shift to carry on [S, C]) from x [B, T, C] and the carried shift."""
         if before is not None:
             shift = before.shift(x, shift)
-        previous, shift = token_shift(x, shift, packed)
-        return self._mixed(x, previous), shift
+        (mixed,), shift = shifted_mixes(x, shift, packed, (self.x_k,))
+        return self._fed(mixed), shift
 
     def step_(self, x: Tensor, shift: Tensor, slots: Slots) -> Tensor:
         """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
-        return self._mixed(x, shift_in_pool_(x, shift, slots))
+        (mixed,) = mixed_in_pool_(x, shift, slots, (self.x_k,))
+        return self._fed(mixed)
 
-    def _mixed(self, x: Tensor, previous: Tensor) -> Tensor:
-        hidden = self.key(torch.addcmul(x, previous - x, self.x_k))
-        return self.value(torch.relu(hidden).square())
+    def _fed(self, mixed: Tensor) -> Tensor:
+        return self.value(squared_relu(self.key(mixed)))

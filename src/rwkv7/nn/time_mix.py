@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rwkv7.config import ModelConfig
 from rwkv7.state import wide_dtype
 from rwkv7.wkv7 import wkv7, wkv7_step_
 
 from .before import Before
+from .fused import (
+    Projections,
+    StepParameters,
+    gated_output,
+    key_operands,
+    mixed_in_pool_,
+    runs_fused_step,
+    shifted_mixes,
+    time_mix_step_,
+)
 from .linear import Linear
-from .token_shift import Packing, Slots, shift_in_pool_, token_shift
+from .token_shift import Packing, Slots
 
 # Group norm's eps is 64e-5 for heads of 64: one 1e-5 for each channel of a head.
 GROUP_NORM_EPS = 1e-5
-KEY_NORM_EPS = 1e-12
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the operator's r, w, k, v, a, b
 
@@ -90,8 +98,9 @@ class TimeMix(nn.Module):
         """
         if before is not None:
             shift = before.shift(x, shift)
-        previous, shift = token_shift(x, shift, packed)
-        inputs, g, v_first = self._inputs(x, previous, v_first)
+        mixed, shift = shifted_mixes(x, shift, packed, self._mixes())
+        projections = self._projections(mixed)
+        inputs, v_first = self._operands(projections, v_first)
         if before is None and self._may_step(x, packed, backend):
             state = _zeros(inputs) if state is None else state.clone()
             r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
@@ -100,7 +109,7 @@ class TimeMix(nn.Module):
             offsets = None if packed is None else packed.offsets
             operator = wkv7 if before is None else before.wkv7
             y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
-        return self._gated(y, inputs, g), v_first, shift, state
+        return self._gated(y, inputs, projections.g), v_first, shift, state
 
     def step_(
         self,
@@ -115,32 +124,51 @@ class TimeMix(nn.Module):
         `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, 1, C], layer
         0's value).
         """
-        inputs, g, v_first = self._inputs(x, shift_in_pool_(x, shift, slots), v_first)
+        projections = self._projections(mixed_in_pool_(x, shift, slots, self._mixes()))
+        if runs_fused_step(state, projections):
+            parameters = StepParameters(
+                self.w0,
+                self.a0,
+                self.v0 if self.mixes_value else None,
+                self.k_k,
+                self.k_a,
+                self.r_k,
+                self.ln_x.weight,
+                self.ln_x.bias,
+            )
+            y = time_mix_step_(projections, v_first, parameters, self.ln_x.eps, state, slots.wkv)
+            return self.output(y), projections.v if v_first is None else v_first
+        inputs, v_first = self._operands(projections, v_first)
         r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
         y = wkv7_step_(r, w, k, v, a, b, state, slots=slots.wkv)
-        return self._gated(y.unsqueeze(1), inputs, g), v_first
+        return self._gated(y.unsqueeze(1), inputs, projections.g), v_first
 
-    def _inputs(
-        self, x: Tensor, previous: Tensor, v_first: Tensor | None
-    ) -> tuple[Inputs, Tensor, Tensor]:
-        """The operator's r, w, k, v, a, b [B, T, H, N], the gate and layer 0's value [B, T, C]."""
-        delta = previous - x
-        r = self.receptance(torch.addcmul(x, delta, self.x_r))
-        k = self.key(torch.addcmul(x, delta, self.x_k))
-        xv = torch.addcmul(x, delta, self.x_v)
-        v = self.value(xv)
-        w = self.w0 + torch.tanh(torch.addcmul(x, delta, self.x_w) @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0 + torch.addcmul(x, delta, self.x_a) @ self.a1 @ self.a2)
-        g = torch.sigmoid(torch.addcmul(x, delta, self.x_g) @ self.g1) @ self.g2
-        if v_first is None:
+    def _mixes(self) -> tuple[Tensor, ...]:
+        return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
+
+    def _projections(self, mixed: tuple[Tensor, ...]) -> Projections:
+        xr, xw, xk, xv, xa, xg = mixed
+        return Projections(
+            r=self.receptance(xr),
+            w=torch.tanh(xw @ self.w1) @ self.w2,
+            k=self.key(xk),
+            v=self.value(xv),
+            rate=xa @ self.a1 @ self.a2,
+            share=xv @ self.v1 @ self.v2 if self.mixes_value else None,
+            g=torch.sigmoid(xg @ self.g1) @ self.g2,
+        )
+
+    def _operands(self, p: Projections, v_first: Tensor | None) -> tuple[Inputs, Tensor]:
+        """The operator's r, w, k, v, a, b [B, T, H, N], and layer 0's value [B, T, C]."""
+        v = p.v
+        if v_first is None or p.share is None:
             v_first = v
         else:
-            mix = torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-            v = torch.addcmul(v, v_first - v, mix.to(v.dtype))
-        k, removal, replacement = self._keys(k, a)
-        shape = (*x.shape[:2], self.heads, self.head_size)
-        inputs = (r.view(shape), w.view(shape), k.view(shape), v.view(shape), removal, replacement)
-        return inputs, g, v_first
+            share = torch.sigmoid(self.v0 + p.share)
+            v = torch.addcmul(v, v_first - v, share.to(v.dtype))
+        k, removal, replacement = key_operands(p.k, p.rate, self.a0, self.k_k, self.k_a, self.heads)
+        r, w, v = (z.view(k.shape) for z in (p.r, self.w0 + p.w, v))
+        return (r, w, k, v, removal, replacement), v_first
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:
         # One token a sequence on the CPU, no gradient wanted and no backend named: the step is
@@ -148,26 +176,10 @@ class TimeMix(nn.Module):
         one = x.shape[1] == 1 and packed is None and backend is None
         return one and x.device.type == "cpu" and not torch.is_grad_enabled()
 
-    def _keys(self, k: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The unit key is made of k as it was before the learning rate changes it. All of it in
-        # float32 at least, and rounded once.
-        dtype, wide = k.dtype, wide_dtype(k.dtype)
-        shape = (*k.shape[:2], self.heads, self.head_size)
-        k, a = k.to(wide), a.to(wide)
-        unit = F.normalize((k * self.k_k).view(shape), dim=-1, eps=KEY_NORM_EPS)
-        k = torch.addcmul(k, k * (a - 1), self.k_a)
-        return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype)
-
     def _gated(self, y: Tensor, inputs: Inputs, g: Tensor) -> Tensor:
-        # Group norm, then the bonus, then the gate; in float32 at least, and rounded once.
         r, _, k, v, _, _ = inputs
-        B, T, H, N = y.shape
-        dtype, wide = y.dtype, wide_dtype(y.dtype)
-        r, k, v = r.to(wide), k.to(wide), v.to(wide)
-        weight, bias = self.ln_x.weight.to(wide), self.ln_x.bias.to(wide)
-        y = F.group_norm(y.to(wide).view(B * T, H * N), H, weight, bias, self.ln_x.eps)
-        y = y.view(B, T, H, N) + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((y.view(B, T, H * N) * g).to(dtype))
+        norm = self.ln_x
+        return self.output(gated_output(y, r, k, v, g, self.r_k, norm.weight, norm.bias, norm.eps))
 
 
 def _zeros(inputs: Inputs) -> Tensor:

@@ -21,6 +21,7 @@ class Packing(NamedTuple):
     first: Tensor  # [S], the first token of each sequence, T when it is empty
     last: Tensor  # [S], the last token of each sequence, 0 when it is empty
     occupied: Tensor  # [S, 1], false where a sequence is empty
+    sequence: Tensor  # [T], int32, which sequence each token is of
 
     @property
     def sequences(self) -> int:
@@ -79,7 +80,9 @@ def packing(cu_seqlens: Tensor, tokens: Tensor) -> Packing:
     occupied = ends > starts
     first = torch.where(occupied, starts, T)
     last = torch.where(occupied, ends - 1, 0)
-    return Packing(cu_seqlens, first, last, occupied[:, None])
+    positions = torch.arange(T, device=ends.device)
+    sequence = torch.searchsorted(ends, positions, right=True, out_int32=True)
+    return Packing(cu_seqlens, first, last, occupied[:, None], sequence)
 
 
 def token_shift(

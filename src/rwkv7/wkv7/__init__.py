@@ -1,3 +1,13 @@
+from .contract import DECAY_SCALE, checks_wanted
 from .op import batch_invariant, checks, explain, unchecked, wkv7, wkv7_step_
 
-__all__ = ["batch_invariant", "checks", "explain", "unchecked", "wkv7", "wkv7_step_"]
+__all__ = [
+    "DECAY_SCALE",
+    "batch_invariant",
+    "checks",
+    "checks_wanted",
+    "explain",
+    "unchecked",
+    "wkv7",
+    "wkv7_step_",
+]

@@ -1,0 +1,31 @@
+"""What stands beside the recurrence, each as one Triton launch each way on a GPU.
+
+Every function has a twin in plain torch that runs everywhere else and says what is computed; the
+kernels compute in float32 and round once.
+"""
+
+from .activation import squared_relu
+from .keys import key_operands
+from .launch import use_fused
+from .output import gated_output
+from .shift import shifted_mixes
+from .step import (
+    Projections,
+    StepParameters,
+    mixed_in_pool_,
+    runs_fused_step,
+    time_mix_step_,
+)
+
+__all__ = [
+    "Projections",
+    "StepParameters",
+    "gated_output",
+    "key_operands",
+    "mixed_in_pool_",
+    "runs_fused_step",
+    "shifted_mixes",
+    "squared_relu",
+    "time_mix_step_",
+    "use_fused",
+]

@@ -1,0 +1,130 @@
+"""One token of many sequences whose states are rows of a pool: all between the projections.
+
+A slot of -1 skips its sequence: no row of the pool is read or written for it.
+"""
+
+import triton
+import triton.language as tl
+
+from .elements import LOG2E, sigmoid
+
+
+@triton.jit
+def _store_mix(x, delta, m_ptr, y_ptr, c, at, inside):
+    m = tl.load(m_ptr + c, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, (x + delta * m).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def mix_in_pool(
+    x_ptr: tl.tensor,
+    pool_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    m0: tl.tensor,
+    m1: tl.tensor,
+    m2: tl.tensor,
+    m3: tl.tensor,
+    m4: tl.tensor,
+    m5: tl.tensor,
+    y0: tl.tensor,
+    y1: tl.tensor,
+    y2: tl.tensor,
+    y3: tl.tensor,
+    y4: tl.tensor,
+    y5: tl.tensor,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """y_i = x + (the pool's vector - x) m_i for BC channels of one token; x takes its place."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = c < C
+    used = inside & (slot >= 0)
+    at = row * C + c
+    x = tl.load(x_ptr + at, inside, other=0.0)
+    before = tl.load(pool_ptr + slot * C + c, used, other=0.0).to(tl.float32)
+    tl.store(pool_ptr + slot * C + c, x.to(pool_ptr.dtype.element_ty), used)
+    x = x.to(tl.float32)
+    delta = before - x
+    _store_mix(x, delta, m0, y0, c, at, inside)
+    if COUNT == 6:
+        _store_mix(x, delta, m1, y1, c, at, inside)
+        _store_mix(x, delta, m2, y2, c, at, inside)
+        _store_mix(x, delta, m3, y3, c, at, inside)
+        _store_mix(x, delta, m4, y4, c, at, inside)
+        _store_mix(x, delta, m5, y5, c, at, inside)
+
+
+@triton.jit
+def _channels(pointer, at, inside):
+    return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H", "eps"])
+def time_mix_step(
+    r_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    rate_ptr: tl.tensor,
+    share_ptr: tl.tensor,
+    g_ptr: tl.tensor,
+    v_first_ptr: tl.tensor,
+    w0_ptr: tl.tensor,
+    a0_ptr: tl.tensor,
+    v0_ptr: tl.tensor,
+    k_k_ptr: tl.tensor,
+    k_a_ptr: tl.tensor,
+    r_k_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    state_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    H: tl.tensor,
+    eps: tl.tensor,
+    DECAY_SCALE: tl.constexpr,
+    KEY_EPS: tl.constexpr,
+    MIXES_VALUE: tl.constexpr,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The operator's arguments, the recurrence in place and the gated output, for one head."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    # Rows of the state are value channels, columns key channels.
+    i = tl.arange(0, BN)
+    inside = i < N
+    own = h * N + i
+    at = row * H * N + own
+    square = (slot * H + h) * (N * N) + i[:, None] * N + i[None, :]
+    used = inside[:, None] & inside[None, :] & (slot >= 0)
+    S = tl.load(state_ptr + square, used, other=0.0)
+
+    r = _channels(r_ptr, at, inside)
+    k = _channels(k_ptr, at, inside)
+    w = sigmoid(_channels(w0_ptr, own, inside) + _channels(w_ptr, at, inside))
+    a = sigmoid(_channels(a0_ptr, own, inside) + _channels(rate_ptr, at, inside))
+    unit = k * _channels(k_k_ptr, own, inside)
+    unit = unit / tl.maximum(tl.sqrt(tl.sum(unit * unit, 0)), KEY_EPS)
+    key = k + k * (a - 1.0) * _channels(k_a_ptr, own, inside)
+    v = _channels(v_ptr, at, inside)
+    if MIXES_VALUE:
+        share = sigmoid(_channels(v0_ptr, own, inside) + _channels(share_ptr, at, inside))
+        v += (_channels(v_first_ptr, at, inside) - v) * share
+
+    removed = tl.sum(S * unit[None, :], 1)
+    S = S * tl.exp2((-DECAY_SCALE * LOG2E) * w)[None, :]
+    S = S - removed[:, None] * (unit * a)[None, :] + v[:, None] * key[None, :]
+    tl.store(state_ptr + square, S, used)
+
+    y = tl.sum(S * r[None, :], 1)
+    y = tl.where(inside, y - tl.sum(y, 0) / N, 0.0)
+    y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps)
+    bonus = tl.sum(r * key * _channels(r_k_ptr, own, inside), 0)
+    out = y * _channels(weight_ptr, own, inside) + _channels(bias_ptr, own, inside) + bonus * v
+    out = out * _channels(g_ptr, at, inside)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)

@@ -1,0 +1,75 @@
+"""Where the fused kernels run, and how each is cut: static, chosen by sizes, nothing tuned.
+
+Triton itself is imported by the first call that runs a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_wanted: bool | None = None
+
+# Numbers of one tile, for 4 warps: each thread has 16 bytes of a 16-bit tensor.
+TILE = 1024
+TILE_WARPS = 4
+
+
+@contextlib.contextmanager
+def use_fused(wanted: bool) -> Iterator[None]:
+    """Inside, the kernels run for every tensor they take (True) or for none (False), to compare.
+
+    Outside they run on a GPU when triton is installed. It holds for all threads, since backward
+    passes have their own.
+    """
+    global _wanted
+    before, _wanted = _wanted, wanted
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def runs_fused(*tensors: Tensor) -> bool:
+    """Whether a call on these tensors is the kernels' or plain torch's."""
+    if _wanted is False or any(x.dtype not in _DTYPES for x in tensors):
+        return False
+    return _wanted is True or (_INSTALLED and tensors[0].is_cuda and _is_recent(tensors[0]))
+
+
+def _is_recent(x: Tensor) -> bool:
+    # A trace cannot ask the card; older ones are then refused by the compiler of the kernels.
+    if torch.compiler.is_compiling() or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def head_tile(head_size: int) -> dict[str, int]:
+    """The sizes of a tile of tokens x one head's channels, as the kernels take them."""
+    channels = 1 << (head_size - 1).bit_length()
+    return {"N": head_size, "BT": max(1, TILE // channels), "BN": channels}
+
+
+def channel_block(channels: int) -> int:
+    """Channels a program takes of a vector [C]: a power of two, 256 at most."""
+    return min(256, 1 << (channels - 1).bit_length())
+
+
+def rows_apiece(rows: int, few: int, many: int) -> int:
+    """Rows that a backward program sums a parameter's gradient over: `many` once they are plenty.
+
+    Each program's sum is written and read once more, which many rows make cheap; with few rows in
+    all, shorter spans keep the card busy.
+    """
+    return many if rows >= 256 * many else few

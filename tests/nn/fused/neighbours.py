@@ -1,0 +1,90 @@
+"""The fused neighbours and their twins side by side: inputs of each, and what both make of them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv7.nn.fused import gated_output, key_operands, shifted_mixes, squared_relu, use_fused
+from rwkv7.nn.token_shift import packing
+
+
+class Problem(NamedTuple):
+    """A neighbour's function of some tensors, all of which have gradients."""
+
+    function: Any  # (*tensors) -> the outputs
+    tensors: list[Tensor]  # float64, but their values are those of the dtype that is tested
+    parameters: int  # how many of the last of them are parameters
+
+
+def drawn(dtype: torch.dtype, device: str = "cpu"):
+    """A source of normal numbers, representable in `dtype`, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return x.to(dtype).double().to(device)
+
+    return normal
+
+
+def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False) -> Problem:
+    """Token shift and mixes; packed where there are `lengths`."""
+    x = normal(B, T, C)
+    packed, sequences = None, B
+    if lengths is not None:
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=x.device)
+        packed = packing(offsets, torch.empty(B, T, dtype=torch.long, device=x.device))
+        sequences = len(lengths)
+
+    def function(x, *rest):
+        before, rest = (rest[0], rest[1:]) if carried else (None, rest)
+        mixed, last = shifted_mixes(x, before, packed, rest)
+        return (*mixed, last)
+
+    state = [normal(sequences, C)] if carried else []
+    return Problem(function, [x, *state, *(normal(C) for _ in range(mixes))], mixes)
+
+
+def keys(normal, *, B=2, T=5, H=3, N=8) -> Problem:
+    """The operator's k, a and b."""
+    C = H * N
+    tensors = [normal(B, T, C), normal(B, T, C), *(normal(C) for _ in range(3))]
+    return Problem(lambda *x: key_operands(*x, H), tensors, 3)
+
+
+def output(normal, *, B=2, T=5, H=3, N=8) -> Problem:
+    """Group norm, bonus and gate."""
+    C = H * N
+    tensors = [normal(B, T, H, N) for _ in range(4)]
+    tensors += [normal(B, T, C), normal(H, N), normal(C), normal(C)]
+    return Problem(lambda *x: (gated_output(*x, 1e-5 * N),), tensors, 3)
+
+
+def relu(normal, *, shape=(3, 700)) -> Problem:
+    """The squared ReLU."""
+    return Problem(lambda x: (squared_relu(x),), [normal(*shape)], 0)
+
+
+def outcome(problem: Problem, dtype: torch.dtype, *, fused: bool) -> list[Tensor]:
+    """The outputs and the gradients of every tensor, computed in `dtype`."""
+    leaves = [x.to(dtype).requires_grad_() for x in problem.tensors]
+    with use_fused(fused):
+        outputs = problem.function(*leaves)
+        normal = drawn(torch.bfloat16, str(leaves[0].device))
+        seeds = [normal(*y.shape).to(y.dtype) for y in outputs]
+        grads = torch.autograd.grad(outputs, leaves, seeds)
+    return [*(y.detach() for y in outputs), *grads]
+
+
+def errors(problem: Problem, dtype: torch.dtype, *, fused: bool) -> list[float]:
+    """‖x - exact‖ / ‖exact‖ of outputs and gradients, against the twin in float64."""
+    exact = outcome(problem, torch.float64, fused=False)
+    found = outcome(problem, dtype, fused=fused)
+    return [
+        float((x.double() - e).norm() / e.norm().clamp(min=1e-30))
+        for x, e in zip(found, exact, strict=True)
+    ]
