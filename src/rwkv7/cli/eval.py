@@ -12,7 +12,7 @@ from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
 from rwkv7.tokenizer import tokenizer_of
 
-from .terminal import read_model, say
+from .terminal import TokenizerName, read_model, say
 
 
 def eval(
@@ -25,6 +25,7 @@ def eval(
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
+    tokenizer: TokenizerName = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
     ] = None,
@@ -40,15 +41,15 @@ def eval(
     for file in files:
         file.open("rb").close()  # what is not there is said before the model is read
     network = read_model(model, device)
-    tokenizer = tokenizer_of(network.config.vocab_size)
+    text = tokenizer_of(network.config.vocab_size, tokenizer)
     results = []
     for file in files:
         say(f"reading {file}")
-        results.append({"file": str(file), **evaluate_file(network, tokenizer, file)})
+        results.append({"file": str(file), **evaluate_file(network, text, file)})
     _show(results)
     if json_out is not None:
-        text = json.dumps({"model": str(model), "results": results}, indent=2)
-        write_atomically(json_out, lambda path: _write(path, text))
+        content = json.dumps({"model": str(model), "results": results}, indent=2)
+        write_atomically(json_out, lambda path: _write(path, content))
 
 
 def _show(results: list[dict[str, float | int | str]]) -> None:
