@@ -20,8 +20,23 @@ def eval(
         Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
     ],
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Texts, and tests in .jsonl.")
-    ],
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Texts, and tests in .jsonl.")
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...", help="Tasks of lm-evaluation-harness (the extra harness)."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Of --harness: examples before each question.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of --harness: only the first questions of a task.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Of --harness: where more tasks are, as .yaml files.")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
@@ -34,18 +49,30 @@ def eval(
 
     A text gives its loss, perplexity and bits per byte, read from start to end with the state
     carried. A .jsonl file holds one test a line: {"context": …, "choices": […], "answer": 0} for
-    multiple choice, or {"text": …} for the last word of a text, as in LAMBADA.
+    multiple choice, or {"text": …} for the last word of a text, as in LAMBADA. Tasks of
+    lm-evaluation-harness are fetched by it; `python -m rwkv7.evaluation.harness` has all of its
+    options.
     """
+    files = files or []
+    tasks = [task.strip() for task in (harness or "").split(",") if task.strip()]
+    if not files and not tasks:
+        raise ValueError("FILE: expected a file, or --harness with a task, found neither")
     if json_out is not None:
         check_destination(json_out)
     for file in files:
         file.open("rb").close()  # what is not there is said before the model is read
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
-    results = []
+    results: list[dict[str, float | int | str]] = []
     for file in files:
         say(f"reading {file}")
         results.append({"file": str(file), **evaluate_file(network, text, file)})
+    if tasks:
+        from rwkv7.evaluation.harness import evaluate_tasks
+
+        results += evaluate_tasks(
+            network, text, tasks, shots=shots, limit=limit, folder=task_folder
+        )
     _show(results)
     if json_out is not None:
         content = json.dumps({"model": str(model), "results": results}, indent=2)
@@ -56,14 +83,15 @@ def _show(results: list[dict[str, float | int | str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "what", "figures")
+    table = Table("what", "kind", "figures")
     for result in results:
         figures = ", ".join(
             f"{name.replace('_', ' ')} {x:.4g}" if isinstance(x, float) else f"{x:,} {name}"
             for name, x in result.items()
             if not isinstance(x, str)
         )
-        table.add_row(Path(str(result["file"])).name, str(result["kind"]), figures)
+        name = result["task"] if "task" in result else Path(str(result["file"])).name
+        table.add_row(str(name), str(result["kind"]), figures)
     Console().print(table)
 
 
