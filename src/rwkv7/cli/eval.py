@@ -20,7 +20,7 @@ def eval(
         Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
     ],
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Texts, and tests in .jsonl.")
+        list[Path] | None, typer.Argument(metavar="FILE", help="Texts, and tests in .jsonl.")
     ] = None,
     harness: Annotated[
         str | None,
