@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,18 +53,17 @@ def eval(
     lm-evaluation-harness are fetched by it; `python -m rwkv7.evaluation.harness` has all of its
     options.
     """
-    files = files or []
     tasks = [task.strip() for task in (harness or "").split(",") if task.strip()]
     if not files and not tasks:
         raise ValueError("FILE: expected a file, or --harness with a task, found neither")
     if json_out is not None:
         check_destination(json_out)
-    for file in files:
+    for file in files or ():
         file.open("rb").close()  # what is not there is said before the model is read
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
     results: list[dict[str, float | int | str]] = []
-    for file in files:
+    for file in files or ():
         say(f"reading {file}")
         results.append({"file": str(file), **evaluate_file(network, text, file)})
     if tasks:
@@ -75,8 +74,7 @@ def eval(
         )
     _show(results)
     if json_out is not None:
-        content = json.dumps({"model": str(model), "results": results}, indent=2)
-        write_atomically(json_out, lambda path: _write(path, content))
+        _keep(json_out, {"model": str(model), "results": results})
 
 
 def _show(results: list[dict[str, float | int | str]]) -> None:
@@ -95,5 +93,8 @@ def _show(results: list[dict[str, float | int | str]]) -> None:
     Console().print(table)
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def _keep(json_out: Path, content: dict[str, Any]) -> None:
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_atomically(json_out, write)
