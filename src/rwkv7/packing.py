@@ -8,6 +8,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .nn import RWKV7
+from .state import ModelState
+
+
+def run_padded(
+    model: RWKV7,
+    tokens: Tensor,
+    mask: Tensor,
+    state: ModelState | None = None,
+    last_only: bool = False,
+) -> tuple[Tensor, ModelState]:
+    """What `model` makes of each row of a padded batch alone: no padding is read.
+
+    For batches in the form of transformers' tokenizers, `input_ids` and `attention_mask`. It
+    costs what the tokens that count cost, packed; gradients flow.
+
+    Args:
+        model: on the device of `tokens`.
+        tokens: [B, T], int32 or int64. What stands in padded places does not matter, not even
+            that it is an id.
+        mask: [B, T], as for `pack`: each row padded left, right or on both sides.
+        state: of the B rows, what came out before them; None at the start. Never changed.
+        last_only: only the logits after each row's last token, wherever it stands.
+
+    Returns:
+        logits [B, T, V], zero where the mask is false, or [B, 1, V]; and the state of each row
+        after its last token. A row of padding alone is an empty sequence: it keeps its state, and
+        with `last_only` its logits are NaN.
+
+    Raises:
+        ValueError, TypeError: a row with a hole, another mask, and what `model` raises.
+    """
+    mask = mask.to(tokens.device)
+    packed, offsets = pack(tokens, mask)
+    logits, state = model(packed, state, cu_seqlens=offsets, last_only=last_only)
+    return (logits.transpose(0, 1) if last_only else unpack(logits, mask)), state
+
 
 def pack(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A padded batch without its padding.

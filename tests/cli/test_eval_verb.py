@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from talking_model import REFRAIN, talking_model
 
 from rwkv7.cli import main
+from rwkv7.evaluation import harness
 from rwkv7.weights import save_model
 
 
@@ -61,3 +63,33 @@ def test_mistakes_are_one_line(evaluated, names, line):
     code, out, err = evaluated(*names)
     assert (code, out) == (2, "")
     assert line in err.splitlines()[-1]
+
+
+def test_tasks_of_the_harness_stand_beside_files(evaluated, monkeypatch, tmp_path):
+    asked = {}
+
+    def answer(model, tokenizer, tasks, **options):
+        asked.update(options, tasks=tasks)
+        return [{"task": task, "kind": "harness", "acc": 0.25, "questions": 4} for task in tasks]
+
+    monkeypatch.setattr(harness, "evaluate_tasks", answer)
+    options = ("--harness", "piqa, arc_easy", "--shots", "2", "--limit", "4")
+    code, out, _ = evaluated("text.txt", options=(*options, "--json", str(tmp_path / "out.json")))
+    assert code == 0
+    assert all(name in out for name in ("text.txt", "piqa", "arc_easy", "acc 0.25"))
+    assert asked == {"tasks": ["piqa", "arc_easy"], "shots": 2, "limit": 4, "folder": None}
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [result.get("task") for result in results] == [None, "piqa", "arc_easy"]
+
+
+def test_without_the_harness_its_extra_is_named(evaluated, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    code, out, err = evaluated(options=("--harness", "piqa"))
+    assert (code, out) == (2, "")
+    assert 'pip install "rwkv7[harness]"' in err.splitlines()[-1]
+
+
+def test_nothing_to_measure(evaluated):
+    code, _, err = evaluated()
+    assert code == 2
+    assert "expected a file, or --harness with a task" in err.splitlines()[-1]

@@ -76,6 +76,26 @@ def test_what_is_shared_is_read_once(monkeypatch, model):
     assert sum(read) == 200 + 5 * 4
 
 
+def test_what_is_shared_is_read_once_though_it_takes_many_batches(monkeypatch, model):
+    read = []
+    plain = type(model).hidden
+
+    def counted(self, tokens, *arguments):
+        read.append(tokens.numel())
+        return plain(self, tokens, *arguments)
+
+    shots = {shot: [shot] * 300 for shot in (3, 5)}  # as long as several batches of questions
+    questions = [[i, j] for i in range(20) for j in range(3)]
+    pairs = [([*shots[shot], *question, 1], [2]) for question in questions for shot in shots]
+    expected = [alone(model, *pair)[0] for pair in pairs[:4]]
+    monkeypatch.setattr(scores, "PACKED_TOKENS", 360)
+    monkeypatch.setattr(type(model), "hidden", counted)
+    found = [result.log_probability for result in score(model, pairs)]
+    assert found[:4] == pytest.approx(expected, rel=1e-12)
+    # The last questions of a beginning and the first of the next one may share a batch.
+    assert sum(read) <= 3 * 300 + len(pairs) * 3
+
+
 def test_nothing_to_score(model):
     assert score(model, []) == []
     with pytest.raises(ValueError, match="a context of at least one id"):

@@ -16,7 +16,14 @@ BACKENDS = "rwkv7.wkv7.backends"
 FILES = "rwkv7.files"  # what is written whole or not at all, for everybody
 TEXT = ("rwkv7.tokenizer", "rwkv7.demo_text", "rwkv7.baselines")
 # Where a program ends: everything else must work without these.
-TOP = ("rwkv7.cli", "rwkv7.training", "rwkv7.generate", "rwkv7.engine", "rwkv7.chat")
+TOP = (
+    "rwkv7.cli",
+    "rwkv7.training",
+    "rwkv7.generate",
+    "rwkv7.engine",
+    "rwkv7.chat",
+    "rwkv7.evaluation.harness",
+)
 GENERATION = ("rwkv7.generate", "rwkv7.engine")
 
 EDGES = [

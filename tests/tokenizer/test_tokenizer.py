@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, WorldTokenizer, get_tokenizer
+from rwkv7.tokenizer import (
+    ByteTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    WorldTokenizer,
+    get_tokenizer,
+    tokenizer_of,
+)
 
 TEXT = "In the beginning, wörld 🌍 — 起初\n\n\tx = 1\0"
 
@@ -120,3 +127,15 @@ def test_whole_characters_however_the_bytes_are_cut(text: str, cuts: list[int]) 
         assert expected.startswith(shown)
         assert len(decoder.pending) <= 3
     assert shown == expected and decoder.flush() == ""
+
+
+def test_a_model_with_more_ids_than_its_tokenizer() -> None:
+    wide = tokenizer_of(260, "byte")
+    assert (wide.name, wide.vocab_size, wide.end_of_document) == ("byte", 260, None)
+    assert wide.encode("aé") == ByteTokenizer().encode("aé")
+    assert wide.decode_bytes([97, 256, 259, 98]) == b"ab"
+    with pytest.raises(ValueError, match="ids 0 to 259, found 260"):
+        wide.decode_bytes([260])
+    assert isinstance(tokenizer_of(256, "byte"), ByteTokenizer)
+    with pytest.raises(ValueError, match="at most the model's 255 tokens, found 256"):
+        tokenizer_of(255, "byte")

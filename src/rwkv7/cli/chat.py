@@ -18,7 +18,7 @@ from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import asked_to_stop, read_model, say, show_whatever_comes
+from .terminal import TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
 
 _SUFFIX = ".chat.safetensors"
 _HELP = f"""\
@@ -46,6 +46,7 @@ def chat(
     ] = "plain",
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
     load: Annotated[str | None, typer.Option(help="Begin with what /save kept as NAME.")] = None,
+    tokenizer: TokenizerName = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
     ] = None,
@@ -62,7 +63,8 @@ def chat(
         raise ValueError(f"template: expected one of {known}, found {template!r}")
     options.sampler()
     network = read_model(model, device)
-    talk = _Talk(network, tokenizer_of(network.config.vocab_size), template, tokens, options)
+    text = tokenizer_of(network.config.vocab_size, tokenizer)
+    talk = _Talk(network, text, template, tokens, options)
     if load is not None:
         talk.load(_named("--load", load), options)
     show_whatever_comes()

@@ -19,6 +19,7 @@ _EXTRAS = {
     "pyarrow": "Parquet and Arrow files: pip install 'rwkv7[data]'",
     "tokenizers": "tokenizer.json files: pip install 'rwkv7[tokenizers]'",
     "peft": "train --tune lora: pip install 'rwkv7[peft]'",
+    "lm-eval": "eval --harness: pip install 'rwkv7[harness]'",
     "tensorboard": "train --tensorboard: pip install 'rwkv7[tensorboard]'",
     "rwkv": "verify --against rwkv: pip install 'rwkv7[peers]'",
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",

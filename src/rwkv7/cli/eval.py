@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
 from rwkv7.tokenizer import tokenizer_of
 
-from .terminal import read_model, say
+from .terminal import TokenizerName, read_model, say
 
 
 def eval(
@@ -20,11 +20,27 @@ def eval(
         Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
     ],
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Texts, and tests in .jsonl.")
-    ],
+        list[Path] | None, typer.Argument(metavar="FILE", help="Texts, and tests in .jsonl.")
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,...", help="Tasks of lm-evaluation-harness (the extra harness)."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Of --harness: examples before each question.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of --harness: only the first questions of a task.")
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Of --harness: where more tasks are, as .yaml files.")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
+    tokenizer: TokenizerName = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
     ] = None,
@@ -33,38 +49,52 @@ def eval(
 
     A text gives its loss, perplexity and bits per byte, read from start to end with the state
     carried. A .jsonl file holds one test a line: {"context": …, "choices": […], "answer": 0} for
-    multiple choice, or {"text": …} for the last word of a text, as in LAMBADA.
+    multiple choice, or {"text": …} for the last word of a text, as in LAMBADA. Tasks of
+    lm-evaluation-harness are fetched by it; `python -m rwkv7.evaluation.harness` has all of its
+    options.
     """
+    tasks = [task.strip() for task in (harness or "").split(",") if task.strip()]
+    if not files and not tasks:
+        raise ValueError("FILE: expected a file, or --harness with a task, found neither")
     if json_out is not None:
         check_destination(json_out)
-    for file in files:
+    for file in files or ():
         file.open("rb").close()  # what is not there is said before the model is read
     network = read_model(model, device)
-    tokenizer = tokenizer_of(network.config.vocab_size)
-    results = []
-    for file in files:
+    text = tokenizer_of(network.config.vocab_size, tokenizer)
+    results: list[dict[str, float | int | str]] = []
+    for file in files or ():
         say(f"reading {file}")
-        results.append({"file": str(file), **evaluate_file(network, tokenizer, file)})
+        results.append({"file": str(file), **evaluate_file(network, text, file)})
+    if tasks:
+        from rwkv7.evaluation.harness import evaluate_tasks
+
+        results += evaluate_tasks(
+            network, text, tasks, shots=shots, limit=limit, folder=task_folder
+        )
     _show(results)
     if json_out is not None:
-        text = json.dumps({"model": str(model), "results": results}, indent=2)
-        write_atomically(json_out, lambda path: _write(path, text))
+        _keep(json_out, {"model": str(model), "results": results})
 
 
 def _show(results: list[dict[str, float | int | str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "what", "figures")
+    table = Table("what", "kind", "figures")
     for result in results:
         figures = ", ".join(
             f"{name.replace('_', ' ')} {x:.4g}" if isinstance(x, float) else f"{x:,} {name}"
             for name, x in result.items()
             if not isinstance(x, str)
         )
-        table.add_row(Path(str(result["file"])).name, str(result["kind"]), figures)
+        name = result["task"] if "task" in result else Path(str(result["file"])).name
+        table.add_row(str(name), str(result["kind"]), figures)
     Console().print(table)
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def _keep(json_out: Path, content: dict[str, Any]) -> None:
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_atomically(json_out, write)

@@ -13,7 +13,7 @@ from rwkv7.generate import Session
 from rwkv7.tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import asked_to_stop, read_model, say, show_whatever_comes
+from .terminal import TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
@@ -33,6 +33,7 @@ def generate(
     state_out: Annotated[
         Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C.")
     ] = None,
+    tokenizer: TokenizerName = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
     ] = None,
@@ -48,15 +49,15 @@ def generate(
         check_destination(state_out)
     options.sampler()  # a setting out of range is said before the model is read
     network = read_model(model, device)
-    tokenizer = tokenizer_of(network.config.vocab_size)
+    text = tokenizer_of(network.config.vocab_size, tokenizer)
     if state_in is None:
-        session = Session(options.sampler(tokenizer))
+        session = Session(options.sampler(text))
     else:
         session = Session.load(state_in, network)
-        session.sampler = options.sampler(tokenizer, session.sampler)
-    decoder = StreamDecoder(tokenizer, session.pending)
-    _read(network, session, prompt, tokenizer, decoder)
-    stopped = _write(network, session, tokens, tokenizer, decoder, final=state_out is None)
+        session.sampler = options.sampler(text, session.sampler)
+    decoder = StreamDecoder(text, session.pending)
+    _read(network, session, prompt, text, decoder)
+    stopped = _write(network, session, tokens, text, decoder, final=state_out is None)
     if state_out is not None:
         session.pending = decoder.pending
         session.save(state_out, network)

@@ -8,10 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from rwkv7.machine import device_called
 from rwkv7.nn import RWKV7
 from rwkv7.weights import load_model
+
+# The option of every verb that turns a model's ids into text.
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="byte, world, or the path of a tokenizer.json. Default: by the size of the model's "
+        "vocabulary.",
+    ),
+]
 
 
 def read_model(path: Path, device: str | None) -> RWKV7:

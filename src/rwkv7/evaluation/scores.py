@@ -20,9 +20,17 @@ from torch.nn import functional
 from rwkv7.nn import RWKV7
 from rwkv7.state import ModelState, wide_dtype
 
-__all__ = ["LOGITS_AT_ONCE", "Score", "carried_bits", "score", "summed_bits"]
+__all__ = [
+    "LOGITS_AT_ONCE",
+    "Score",
+    "carried_bits",
+    "score",
+    "scores_as_they_come",
+    "summed_bits",
+]
 
 Item = TypeVar("Item")
+Prefixed = tuple[tuple[int, ...], list[int]]  # a prefix, and the numbers of the pairs with it
 
 CARRIED_WINDOW = 2048  # tokens at a time; any number gives the same bits within rounding
 LOGITS_AT_ONCE = 1 << 26  # numbers; fewer tokens are taken at once where the vocabulary is large
@@ -65,7 +73,6 @@ def summed_bits(logits: Tensor, targets: Tensor) -> float:
     return functional.cross_entropy(flat, targets.flatten(), reduction="sum").item() / math.log(2)
 
 
-@torch.no_grad()
 def score(model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
     """How probable each continuation is after its context, as if each pair were read alone.
 
@@ -76,34 +83,54 @@ def score(model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) ->
 
     Raises ValueError for a pair without context. A continuation without ids has probability 1.
     """
+    found = dict(scores_as_they_come(model, pairs))
+    return [found[i] for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def scores_as_they_come(
+    model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[tuple[int, Score]]:
+    """What `score` gives, each with its pair's number, in the order in which they are read."""
     contexts = [tuple(context) for context, _ in pairs]
     if not all(contexts):
         raise ValueError("pairs: expected a context of at least one id, found an empty one")
-    found: list[Score | None] = [None] * len(pairs)
     # The last id of a context is read with the continuation, whose first id it predicts.
     order = sorted(range(len(pairs)), key=lambda i: contexts[i][:-1])
     groups = itertools.groupby(order, key=lambda i: contexts[i][:-1])
     by_prefix = [(prefix, list(members)) for prefix, members in groups]
-    for batch in _batches(by_prefix):
-        states = _states(model, [prefix for prefix, _ in batch])
+    batches = list(_batches(by_prefix))
+    trunk = _Trunk(model)
+    for number, batch in enumerate(batches, 1):
+        after = batches[number][-1][0] if number < len(batches) else None
+        states = trunk.states([prefix for prefix, _ in batch], after)
         rows = [(row, i) for row, (_, members) in enumerate(batch) for i in members]
         for some in _bounded(rows, lambda x: 1 + len(pairs[x[1]][1])):
             forked = states.select([row for row, _ in some])
             inputs = [(contexts[i][-1], *pairs[i][1][:-1]) for _, i in some]
             targets = [pairs[i][1] for _, i in some]
             scores = _continued(model, forked, inputs, targets)
-            for (_, i), result in zip(some, scores, strict=True):
-                found[i] = result
-    return [result for result in found if result is not None]
+            yield from zip((i for _, i in some), scores, strict=True)
 
 
-def _batches(
-    by_prefix: list[tuple[tuple[int, ...], list[int]]],
-) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-    """Neighbours in the order of their prefixes, so that they share as much as they can."""
-    for some in _bounded(by_prefix, lambda x: 1 + len(x[0])):
-        for start in range(0, len(some), FORKED_STATES):
-            yield some[start : start + FORKED_STATES]
+def _batches(by_prefix: list[Prefixed]) -> Iterator[list[Prefixed]]:
+    """Neighbours in the order of their prefixes, whose states are made in one packed call.
+
+    What all of a batch begin with counts once, as it is read once.
+    """
+    batch: list[Prefixed] = []
+    total = 0
+    for item in by_prefix:
+        prefix = item[0]
+        shared = _shared(batch[0][0], prefix) if batch else 0
+        read = total + len(prefix) - len(batch) * shared
+        if batch and (len(batch) == FORKED_STATES or read + len(batch) >= PACKED_TOKENS):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += len(prefix)
+    if batch:
+        yield batch
 
 
 def _bounded(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -120,18 +147,42 @@ def _bounded(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield batch
 
 
-def _states(model: RWKV7, prefixes: list[tuple[int, ...]]) -> ModelState:
-    """The state after each of the sorted `prefixes`; what all of them begin with is read once."""
-    first, last = prefixes[0], prefixes[-1]
+def _shared(first: Sequence[int], last: Sequence[int]) -> int:
+    """How many ids both begin with; of a sorted list's ends, how many all of it begin with."""
     pairs = enumerate(zip(first, last, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-    state = ModelState.zeros(model.config, 1, model.dtype, model.device)
-    for start in range(0, shared, PACKED_TOKENS):
-        piece = _ids(first[start : min(start + PACKED_TOKENS, shared)], model)[None]
-        _, state = model.hidden(piece, state)
-    rests = [prefix[shared:] for prefix in prefixes]
-    _, states = _packed(model, rests, state.select([0] * len(rests)))
-    return states
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+
+
+class _Trunk:
+    """What the prefixes of one batch and the next all begin with, and the state after it."""
+
+    def __init__(self, model: RWKV7) -> None:
+        self._model = model
+        self._ids: tuple[int, ...] = ()
+        self._state = self._empty = ModelState.zeros(model.config, 1, model.dtype, model.device)
+
+    def states(self, prefixes: list[tuple[int, ...]], after: tuple[int, ...] | None) -> ModelState:
+        """The state after each of the sorted `prefixes`; what all of them begin with is read once.
+
+        `after`, the last prefix of the batch to come, says what is worth keeping for that one.
+        """
+        first, shared = prefixes[0], _shared(prefixes[0], prefixes[-1])
+        if first[:shared][: len(self._ids)] != self._ids:
+            self._ids, self._state = (), self._empty
+        kept = min(shared, 0 if after is None else _shared(first, after))
+        if kept > len(self._ids):
+            self._state = self._read(first[len(self._ids) : kept], self._state)
+            self._ids = first[:kept]
+        state = self._read(first[len(self._ids) : shared], self._state)
+        rests = [prefix[shared:] for prefix in prefixes]
+        _, states = _packed(self._model, rests, state.select([0] * len(rests)))
+        return states
+
+    def _read(self, tokens: tuple[int, ...], state: ModelState) -> ModelState:
+        for start in range(0, len(tokens), PACKED_TOKENS):
+            piece = _ids(tokens[start : start + PACKED_TOKENS], self._model)[None]
+            _, state = self._model.hidden(piece, state)
+        return state
 
 
 def _packed(

@@ -145,7 +145,7 @@ class RWKV7(nn.Module):
             state: what the same call returned for the tokens before; None at the start. Its rows
                 are the B sequences, or the S packed ones. Never changed.
             cu_seqlens: offsets [S + 1] of packed sequences, from 0 to T; a sequence may be empty
-                and then keeps its state.
+                and then keeps its state. Padded batches go through `rwkv7.packing.run_padded`.
             last_only: only each sequence's last logits, [B, 1, V] or, packed, [1, S, V]. A
                 sequence without tokens has none: its row is NaN.
             backend: the operator's backend, None for the first that accepts the call.

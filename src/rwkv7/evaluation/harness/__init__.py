@@ -1,0 +1,98 @@
+"""Tasks of lm-evaluation-harness (PyPI: lm-eval, the extra `harness`), run on a model of ours.
+
+`python -m rwkv7.evaluation.harness` is the harness's own command line, with the model "rwkv7" in
+it: --model rwkv7 --model_args path=…,tokenizer=…. Scripts call `register` before `simple_evaluate`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import Tokenizer
+
+__all__ = ["evaluate_tasks", "register"]
+
+_RESAMPLED = 1000  # times, for the standard errors of figures that are not means
+
+
+def register() -> None:
+    """Let the harness know the model "rwkv7"; once is enough.
+
+    Its arguments are `path` (what `load_model` reads), `tokenizer` (as `get_tokenizer` takes it),
+    `dtype`, `device`, and `slots`, how many texts are written at once.
+
+    Raises ValueError where lm-eval is not installed.
+    """
+    _package("lm_eval")
+    import lm_eval.models  # noqa: F401  (else the first name in the table keeps its own out)
+    from lm_eval.api.registry import model_registry
+
+    if "rwkv7" not in model_registry:
+        model_registry.register("rwkv7", target="rwkv7.evaluation.harness.model:HarnessModel")
+
+
+def evaluate_tasks(
+    model: RWKV7,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> list[dict[str, float | int | str]]:
+    """The figures of each task, under the harness's names; "kind" is "harness", "task" its name.
+
+    Args:
+        model: in evaluation mode; on any device.
+        tokenizer: the model's.
+        tasks: names that `lm_eval ls tasks` lists, or of tasks in `folder`.
+        shots: examples before each question; None leaves it to the task.
+        limit: only the first questions of each task, to try something out.
+        folder: where more tasks are described, as .yaml files.
+
+    Raises ValueError where lm-eval is not installed, and for a task that it does not know.
+    """
+    evaluator = _package("lm_eval.evaluator")
+    from lm_eval.tasks import TaskManager
+
+    from .model import HarnessModel
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(
+            f"harness: no task {unknown[0]!r}; `python -m rwkv7.evaluation.harness ls tasks` "
+            "lists those there are"
+        )
+    found = evaluator.simple_evaluate(
+        HarnessModel(model, tokenizer),
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=_RESAMPLED,
+        log_samples=False,
+    )
+    return [
+        {"task": task, "kind": "harness", **_figures(figures)}
+        for task, figures in found["results"].items()
+    ]
+
+
+def _figures(figures: dict[str, Any]) -> dict[str, float | int]:
+    """Numbers alone, "acc,none" as "acc": a filter is named where it is one."""
+    numbers = {name: x for name, x in figures.items() if isinstance(x, int | float)}
+    count = {"questions": numbers.pop("sample_len")} if "sample_len" in numbers else {}
+    return {name.removesuffix(",none").replace(",", " "): x for name, x in numbers.items()} | count
+
+
+def _package(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f'harness: needs the package lm-eval ({error}): run `pip install "rwkv7[harness]"`'
+        ) from error
