@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ _LOADING = (
     *(AttributeError, LookupError, TypeError, AssertionError, OverflowError),
     *(zipfile.BadZipFile, NotImplementedError, SafetensorError),
 )
+
+_FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -249,6 +252,14 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise IsADirectoryError(errno.EISDIR, "is a folder; expected a name for a file", str(path))
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
+
+
+def remove_forgotten(folder: Path, pattern: str) -> None:
+    """Remove the temporary files in `folder` that killed processes left an hour ago or more."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _FORGOTTEN:
+                path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
