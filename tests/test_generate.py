@@ -12,6 +12,7 @@ from talking_model import REFRAIN, talking_model
 
 from rwkv7 import generate as module
 from rwkv7.generate import Session, generate
+from rwkv7.inspection import describe
 from rwkv7.sampling import Sampler
 from rwkv7.state import ModelState, save_tuned
 
@@ -179,6 +180,13 @@ def test_a_truncated_session_is_refused(saved, model, size):
     saved.write_bytes(saved.read_bytes()[:size])
     with pytest.raises(ValueError, match="session: not a session, or a truncated one"):
         Session.load(saved, model)
+
+
+@pytest.mark.parametrize("name", ["session", "session.pth", "session.v2"])
+def test_the_name_of_a_session_is_free(saved, model, name):
+    session = Session.load(saved.rename(saved.with_name(name)), model)
+    assert len(list(session.run(model, 2))) == 2
+    assert describe(saved.with_name(name)).kind == "session"
 
 
 def test_a_state_alone_is_a_past_without_a_token(model, tmp_path):

@@ -14,6 +14,8 @@ import re
 import secrets
 import shutil
 import struct
+import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ _LOADING = (
     *(AttributeError, LookupError, TypeError, AssertionError, OverflowError),
     *(zipfile.BadZipFile, NotImplementedError, SafetensorError),
 )
+
+_FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -65,7 +69,7 @@ class TensorFile(Mapping[str, Tensor]):
         # The old mapping goes before the new one comes.
         self.close()
         self._mapped = True
-        if self.path.suffix == ".safetensors":
+        if _kind(self.path) == "safetensors":
             opened = safe_open(self.path, framework="pt")
             self._names, self._read = dict.fromkeys(opened.keys()), opened.get_tensor
             self.metadata = opened.metadata() or {}
@@ -95,7 +99,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """The tensors of a .safetensors or PyTorch file (.pth) on the CPU; no code in it is run.
 
     Args:
-        path: the suffix .safetensors decides; everything else is read as PyTorch's.
+        path: how the file begins decides which of the two it is, not its name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,6 +124,17 @@ def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
         file.close()
 
 
+def _kind(path: Path) -> str:
+    """How the file is to be read: as it begins, and only if that says nothing as it is called."""
+    with path.open("rb") as file:
+        beginning = file.read(9)
+    if beginning[4:] == b"\0\0\0\0{":  # of eight bytes, the length of what the brace opens
+        return "safetensors"
+    if beginning.startswith((b"PK", b"\x80")):  # a zip archive, a pickle
+        return "PyTorch"
+    return "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+
+
 def _identity(path: Path) -> tuple[int, ...]:
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
@@ -127,13 +142,17 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 def _pytorch_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors, and whether they are mapped. No more memory is taken than the file is long."""
+    if path.suffix == ".safetensors":  # torch.load would go by the name
+        raise ValueError("it is a PyTorch file under another name; rename it to .pth")
     # Files of PyTorch before 1.6 are not zip archives, and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     if mapped:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, which PyTorch's own files never are")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of foreign pickles it says how they might be run
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
     ):
@@ -251,6 +270,14 @@ def check_destination(path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
 
 
+def remove_forgotten(folder: Path, pattern: str) -> None:
+    """Remove the temporary files in `folder` that killed processes left an hour ago or more."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _FORGOTTEN:
+                path.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in `folder`, a rename for instance, survive a power cut."""
     # Windows cannot open folders and needs it not.
@@ -284,12 +311,14 @@ def _reason(error: Exception) -> str:
     # torch.load first recommends to run what the file says; what it met comes after that.
     if text.startswith("Weights only load failed"):
         text = text.partition("WeightsUnpickler error:")[2]
-    return (text.strip() or type(error).__name__).splitlines()[0]
+    line = (text.strip() or type(error).__name__).splitlines()[0]
+    if re.fullmatch(r"(Unsupported operand )?\d+", line):  # what the unpickler cannot go on from
+        return "it is no file that torch.save wrote; nothing was run"
+    return line
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return ValueError(
-        f"{path}: cannot be read as a {kind} file of tensors: it is truncated, damaged or "
+        f"{path}: cannot be read as a {_kind(path)} file of tensors: it is truncated, damaged or "
         f"something else ({_reason(error)})"
     )

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import json_object, write_atomically
+from .files import json_object, open_tensors, write_atomically
 from .fingerprint import fingerprint
 from .nn import RWKV7
 from .sampling import Sampler
@@ -133,14 +132,12 @@ class Session:
         """
         path = Path(path)
         path.open("rb").close()  # a missing or unreadable file is an OSError, whoever reads it
-        if path.suffix == ".pth":
-            return _tuned(path, model)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a session, or a truncated one ({error})") from None
+            with open_tensors(path) as file:
+                tensors, metadata = dict(file), dict(file.metadata)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ValueError(f"{path}: not a session, or a truncated one ({reason})") from None
         if any(name.endswith(".att.time_state") for name in tensors):
             return _tuned(path, model)
         try:

@@ -29,7 +29,8 @@ def talk(checkpoint, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*lines, options=SETTINGS):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        typed = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
         with pytest.raises(SystemExit) as ended:
             main(["chat", str(checkpoint), *options])
         out, err = capfd.readouterr()
@@ -101,7 +102,7 @@ def test_mistakes_in_commands_are_told_and_the_chat_goes_on(talk):
     assert out == talk("aé")[1]
     for words in (
         "/save: expected a name",
-        "nothing.chat.safetensors",
+        "error: nothing.chat.safetensors: No such file",
         "retry: expected an answer",
         "/back: expected a /fork",
         "/dance: no such command",
@@ -116,3 +117,10 @@ def test_mistakes_in_the_call_are_one_line(talk):
     code, out, err = talk("aé", options=("--load", "nothing", "--device", "cpu"))
     assert (code, out) == (2, "")
     assert "Traceback" not in err
+
+
+def test_a_message_that_is_not_utf8_is_said_as_it_is(talk):
+    code, out, err = talk("a\udcff\udcfe", "b")
+    assert code == 0
+    assert err.count(" tokens, ") == 2
+    assert out == talk("a\udcff\udcfe", "b")[1] != talk("a", "b")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,28 @@ def test_damaged_files_and_a_full_disk_cost_time_alone(model, tmp_path, monkeypa
     names = fill(cache, model, 3)
     assert cache.longest(names) == (0, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_another_model_is_refused(model):
+    cache = PrefixCache(talking_model().double(), PLENTY)
+    with pytest.raises(ValueError, match="cache: it was made for other weights, or another dtype"):
+        Engine(model, slots=1, cache=cache)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(model, tmp_path):
+    name = f".{'ab' * 32}.prefix.safetensors"
+    old, new = tmp_path / f"{name}.0123abcd.tmp", tmp_path / f"{name}.4567abcd.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    PrefixCache(model, PLENTY, tmp_path, PLENTY)
+    assert list(tmp_path.iterdir()) == [new]
+
+
+@pytest.mark.parametrize("name", ["memory_bytes", "disk_bytes"])
+def test_bounds_that_are_none(model, tmp_path, name):
+    sizes = {"memory_bytes": 1, "disk_bytes": 1}
+    with pytest.raises(TypeError, match=f"{name}: expected an int, found '1GB'"):
+        PrefixCache(model, folder=tmp_path, **(sizes | {name: "1GB"}))
+    with pytest.raises(ValueError, match=f"{name}: expected at least 0, found -1"):
+        PrefixCache(model, folder=tmp_path, **(sizes | {name: -1}))

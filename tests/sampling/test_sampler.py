@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,3 +207,27 @@ def test_a_broken_saved_sampler_is_refused(change):
     state = {**Sampler(seed=1).state_dict(), **change}
     with pytest.raises(ValueError, match="(sampler|order|decay): "):
         Sampler.from_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": "1"}, "temperature: expected a number, found '1'"),
+        ({"temperature": None}, "temperature: expected a number, found None"),
+        ({"top_k": 1.5}, r"top_k: expected an int, found 1\.5"),
+        ({"top_p": "0.9"}, "top_p: expected a number"),
+        ({"min_p": None}, "min_p: expected a number"),
+        ({"presence": "a"}, "presence: expected a number"),
+        ({"decay": True}, "decay: expected a number, found True"),
+        ({"seed": 1.5}, "seed: expected an int"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(settings, words):
+    with pytest.raises(TypeError, match=words):
+        Sampler(**settings)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    sampler = Sampler(np.float32(0.5), np.int64(3), seed=np.int64(7), presence=np.float32(0.25))
+    about = json.loads(json.dumps(sampler.state_dict()))
+    assert (about["temperature"], about["top_k"], about["seed"]) == (0.5, 3, 7)

@@ -71,11 +71,22 @@ def test_truncated_anywhere(good, suffix):
         refused(path, "cannot be read .*truncated")
 
 
-def test_a_renamed_file_is_not_believed(good):
+def test_a_renamed_file_is_read_as_what_it_is_or_named(good):
+    expected = load_model(good / "good.pth")
+    for name in ("good", "other.pth", "good.v2"):
+        (good / name).write_bytes((good / "good.safetensors").read_bytes())
+        found = load_model(good / name)
+        pairs = zip(found.parameters(), expected.parameters(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
     (good / "good.pth").rename(good / "a.safetensors")
-    (good / "good.safetensors").rename(good / "b.pth")
-    refused(good / "a.safetensors", "cannot be read as a safetensors file")
-    refused(good / "b.pth", "cannot be read as a PyTorch file")
+    refused(good / "a.safetensors", r"it is a PyTorch file under another name; rename it to \.pth")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("content", [b"hello" * 1000, pickle.dumps({"a": 1}, protocol=4)])
+def test_what_torch_did_not_write_is_told_in_words(good, content):
+    (good / "text.pth").write_bytes(content)
+    refused(good / "text.pth", "it is no file that torch.save wrote; nothing was run")
 
 
 def header(path, entries, data=b""):

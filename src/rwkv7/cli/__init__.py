@@ -125,13 +125,14 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
         except USER_MISTAKES as error:
             if developer():
                 raise
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
 
     return _guarded
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, as a verb tells it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return printable(" ".join(str(error).split())) or type(error).__name__

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from rwkv7.chat import TEMPLATES, Chat
+from rwkv7.cli import one_line
 from rwkv7.generate import Session
 from rwkv7.nn import RWKV7
 from rwkv7.sampling import Sampler
@@ -76,7 +77,7 @@ def chat(
         try:
             talk.take(line.strip())
         except (ValueError, OSError) as error:
-            say(f"error: {error}")
+            say(f"error: {one_line(error)}")
 
 
 class _Talk:
@@ -158,6 +159,9 @@ class _Talk:
 
 def _lines() -> Iterator[str]:
     """What is typed, or piped in, line by line; Ctrl-C at the prompt drops the line."""
+    # Bytes that are not UTF-8 reach the tokenizer as they are, as those of a command line do.
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

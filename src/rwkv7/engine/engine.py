@@ -54,9 +54,10 @@ class Engine:
         cuda_graphs: None captures decoding where the model is on a GPU; False never does.
         cache: keeps states of prompts' beginnings, for requests without a state of their own.
         decode: the bytes of ids, such as a tokenizer's `decode_bytes`, for text and stop strings.
+            A sample at whose id it fails ends with an error.
 
     Raises:
-        ValueError: fewer than one slot or token.
+        ValueError, TypeError: fewer than one slot or token, or a cache of another model.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Engine:
         decode: Decode | None = None,
     ) -> None:
         check_sizes(slots, max_prefill_tokens)
+        if cache is not None:
+            cache.check(model)
         self._model, self._decode = model, decode
         self._weights = fingerprint(model)
         self.budget: MemoryBudget = memory_budget(
@@ -217,6 +220,10 @@ class Engine:
     def _start_of(self, request: Request) -> tuple[ModelState | None, Sampler]:
         """The state that a request begins from, checked, and its sampler."""
         given, sampler = request.state, request.sampler
+        if not isinstance(given, (ModelState, Session, type(None))):
+            raise TypeError(f"state: expected a ModelState or a Session, found {given!r:.60}")
+        if not isinstance(sampler, (Sampler, type(None))):
+            raise TypeError(f"sampler: expected a Sampler, found {sampler!r:.60}")
         if isinstance(given, Session):
             if given.weights not in (None, self._weights):
                 raise ValueError("state: the session belongs to other weights than this engine's")
@@ -278,8 +285,11 @@ class Engine:
         for sample, (token, logprob, error) in zip(running, chosen, strict=True):
             if error is not None:
                 self._end(sample, "error", error)
-            else:
+                continue
+            try:
                 self._take(sample, token, logprob)
+            except Exception as failed:  # the caller's `decode` may raise whatever it likes
+                self._end(sample, "error", f"decode failed on the id {token}: {failed!r}")
         self._running = [sample for sample in running if sample.completion is None]
 
     def _take(self, sample: Sample, token: int, logprob: Logprob | None) -> None:

@@ -12,6 +12,8 @@ from rwkv7.config import ModelConfig
 from rwkv7.nn import RWKV7
 from rwkv7.state import LayerState, ModelState, wide_dtype
 
+from .request import check_count
+
 # Prompts read in one call; bounds the copies of states that the call makes.
 READ_TOGETHER = 64
 
@@ -122,7 +124,6 @@ def memory_budget(
 
 
 def check_sizes(slots: int, max_prefill_tokens: int) -> None:
-    """ValueError unless both are at least 1."""
+    """ValueError or TypeError unless both are at least 1."""
     for name, value in (("slots", slots), ("max_prefill_tokens", max_prefill_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, found {value}")
+        check_count(name, value, 1)

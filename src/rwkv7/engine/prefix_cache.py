@@ -14,9 +14,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rwkv7.files import remove_forgotten
 from rwkv7.fingerprint import fingerprint
 from rwkv7.nn import RWKV7
 from rwkv7.state import ModelState
+
+from .request import check_count
 
 _SUFFIX = ".prefix.safetensors"
 _SEEN = 1 << 18  # beginnings remembered by name alone, 32 bytes each
@@ -32,6 +35,8 @@ class PrefixCache:
             process; made if it is missing. None keeps none.
         disk_bytes: how much of the disk they may take.
 
+    Raises ValueError or TypeError for bounds that are no numbers of bytes.
+
     Attributes:
         memory_used, disk_used: bytes.
         hits: how often a beginning was found.
@@ -44,8 +49,10 @@ class PrefixCache:
         folder: str | os.PathLike[str] | None = None,
         disk_bytes: int = 0,
     ) -> None:
+        for name, size in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            check_count(name, size, 0)
         self._config = model.config
-        self._origin = hashlib.sha256(f"{fingerprint(model)} {model.dtype}".encode()).digest()
+        self._origin = _origin(model)
         self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes
         self._states: OrderedDict[bytes, ModelState] = OrderedDict()  # the newest last
         self._files: OrderedDict[bytes, int] = OrderedDict()  # with their sizes
@@ -55,6 +62,13 @@ class PrefixCache:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._find_files(self._folder)
+
+    def check(self, model: RWKV7) -> None:
+        """ValueError unless it holds the states of a model with these weights, in this dtype."""
+        if _origin(model) != self._origin:
+            raise ValueError(
+                "cache: it was made for other weights, or another dtype, than this engine's model"
+            )
 
     def names(self, tokens: Tensor, piece: int) -> list[bytes]:
         """The name of each beginning of `piece`, 2 · `piece`, … tokens [T] (int64, on the CPU)."""
@@ -141,6 +155,7 @@ class PrefixCache:
             self._path(name).unlink()
 
     def _find_files(self, folder: Path) -> None:
+        remove_forgotten(folder, f".*{_SUFFIX}.*.tmp")
         # Files of other models are counted too, and leave when they are the oldest.
         files = []
         for path in folder.glob(f"*{_SUFFIX}"):
@@ -157,6 +172,10 @@ class PrefixCache:
     def _path(self, name: bytes) -> Path:
         assert self._folder is not None
         return self._folder / f"{name.hex()}{_SUFFIX}"
+
+
+def _origin(model: RWKV7) -> bytes:
+    return hashlib.sha256(f"{fingerprint(model)} {model.dtype}".encode()).digest()
 
 
 def _size(state: ModelState) -> int:

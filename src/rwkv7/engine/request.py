@@ -52,19 +52,39 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 0), ("n", 1), ("logprobs", 0)):
-            value = getattr(self, name)
-            if value is None and name == "logprobs":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, found {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
-        if isinstance(self.stop_strings, str):
-            raise TypeError("stop_strings: expected a list of texts, found one text")
-        if not all(self.stop_strings):
-            raise ValueError("stop_strings: expected texts, found an empty one")
-        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout >= 0):
-            raise ValueError(f"timeout: expected seconds of at least 0, found {self.timeout}")
+            if name != "logprobs" or self.logprobs is not None:
+                check_count(name, getattr(self, name), least)
+        _check_stops(self.stop_tokens, self.stop_strings)
+        if self.timeout is not None:
+            if not isinstance(self.timeout, (int, float)) or isinstance(self.timeout, bool):
+                raise TypeError(f"timeout: expected seconds, found {self.timeout!r}")
+            if not (math.isfinite(self.timeout) and self.timeout >= 0):
+                raise ValueError(f"timeout: expected seconds of at least 0, found {self.timeout}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """TypeError unless `value` is an int, ValueError unless it is at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, found {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, found {value}")
+
+
+def _check_stops(tokens: Collection[int], strings: Sequence[str]) -> None:
+    if isinstance(tokens, str) or not isinstance(tokens, Collection):
+        raise TypeError(f"stop_tokens: expected a collection of ids, found {tokens!r}")
+    for token in tokens:
+        if not hasattr(token, "__index__") or isinstance(token, bool):
+            raise TypeError(f"stop_tokens: expected ids, found {token!r}")
+    if isinstance(strings, str):
+        raise TypeError("stop_strings: expected a list of texts, found one text")
+    if not isinstance(strings, Sequence) or not all(isinstance(text, str) for text in strings):
+        raise TypeError(f"stop_strings: expected a list of texts, found {strings!r}")
+    if not all(strings):
+        raise ValueError("stop_strings: expected texts, found an empty one")
+    for text in strings:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"stop_strings: expected whole characters, found {text!r}")
 
 
 class Logprob(NamedTuple):

@@ -5,21 +5,19 @@ What a conversation is, and what its file holds, is `generate.Session`'s affair.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
+from rwkv7.files import remove_forgotten
 from rwkv7.fingerprint import fingerprint
 from rwkv7.generate import Session
 from rwkv7.nn import RWKV7
 
 _PREFIX, _SUFFIX = "session-", ".safetensors"
 _LONGEST = 200  # bytes of an encoded name; file systems take 255 with what is around it
-_FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
 
 
 class StateStore:
@@ -35,10 +33,7 @@ class StateStore:
         self._folder, self._model = Path(folder), model
         self._weights = fingerprint(model)
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob(f".{_PREFIX}*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _FORGOTTEN:
-                    path.unlink()
+        remove_forgotten(self._folder, f".{_PREFIX}*.tmp")
 
     def save(self, name: str, session: Session) -> None:
         """Keep a session under `name`, in place of what was there.

@@ -7,6 +7,7 @@ host and small enough to be saved with a session.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import secrets
 from collections.abc import Collection, Mapping
@@ -55,7 +56,7 @@ class Sampler:
         exempt: ids whose count never rises, so that only `presence` meets them.
         order: "rwkv" or "hf".
 
-    Raises ValueError for a setting outside its range.
+    Raises ValueError for a setting outside its range, TypeError for one that is no number.
     """
 
     def __init__(
@@ -72,6 +73,14 @@ class Sampler:
         exempt: Collection[int] = (),
         order: str = "rwkv",
     ) -> None:
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        settings |= {"presence": presence, "frequency": frequency, "decay": decay}
+        if seed is not None:
+            settings["seed"] = seed
+        for name, value in settings.items():
+            if not _is_number(value, kind := _NUMBERS[name]):
+                what = "an int" if kind is int else "a number"
+                raise TypeError(f"{name}: expected {what}, found {value!r}")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature: expected a number of at least 0, found {temperature}")
         if top_k < 0:
@@ -86,11 +95,14 @@ class Sampler:
             raise ValueError(f"seed: expected an int from 0 to 2^64 - 1, found {seed}")
         if order not in ORDERS:
             raise ValueError(f'order: expected "rwkv" or "hf", found {order!r}')
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.presence, self.frequency, self.decay, self.order = presence, frequency, decay, order
+        # Plain numbers, which a session's file can hold: numpy's are none.
+        self.temperature, self.top_k = float(temperature), int(top_k)
+        self.top_p, self.min_p = float(top_p), float(min_p)
+        self.presence, self.frequency = float(presence), float(frequency)
+        self.decay, self.order = float(decay), order
         self.exempt = frozenset(operator.index(token) for token in exempt)
         # Short enough to be read off a screen and typed again.
-        self.seed = secrets.randbelow(10**9) if seed is None else seed
+        self.seed = secrets.randbelow(10**9) if seed is None else int(seed)
         self.draws = 0
         self._uniforms = (0, np.empty(0))  # the number of the first, and it with those after it
         self.forget()
@@ -196,7 +208,7 @@ class Sampler:
 
 
 def _is_number(x: object, kind: type) -> bool:
-    accepted = (int, float) if kind is float else int
+    accepted = numbers.Real if kind is float else numbers.Integral  # numpy's are among them
     return isinstance(x, accepted) and not isinstance(x, bool)
 
 
