@@ -105,6 +105,9 @@ class Run:
                         break
             report.end()
             result = self._finish(log, report)
+        except TrainingDivergedError:
+            plot_loss(self.out / "log.jsonl", self.out / "loss.png")  # how it came to that
+            raise
         finally:
             report.end()
             log.close()
