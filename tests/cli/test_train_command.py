@@ -125,3 +125,32 @@ def test_divergence_is_one_line_and_no_traceback(
     )
     assert result.exit_code == 1
     assert "error: stopped at step 1" in result.output
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_records_that_cannot_be_read_stop_the_run_or_are_counted_and_named(
+    app: typer.Typer, tmp_path: Path, chat: bool
+) -> None:
+    said = '{"messages": [{"role": "assistant", "content": "it was so"}]}'
+    good = said if chat else '{"body": "in the beginning was the word"}'
+    text, run = tmp_path / "a.jsonl", tmp_path / "run"
+    lines = [good] * 40
+    lines[3], lines[39] = '{"body": 7}', "broken"
+    text.write_text("\n".join(lines))
+    call = [str(text), "--out", str(run), "--steps", "1", "--key", "body", *SMALL, "--window=30"]
+    call += ["--chat"] * chat
+    for dry in ([], ["--dry-run"]):
+        result = CliRunner().invoke(app, [*call, *dry])
+        assert "a.jsonl: line 4: " in str(result.exception)
+        assert "(--on-bad skip)" in str(result.exception)
+        assert not run.exists()
+    call += ["--on-bad", "skip"]
+    assert "left out: 2 records" in CliRunner().invoke(app, [*call, "--dry-run"]).output
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    printed = result.output.replace("\n", "")
+    assert printed.count("a.jsonl: line 4: ") == printed.count("a.jsonl: line 40: ") == 1
+    assert "left out: 2 records that could not be read" in printed
+    result = CliRunner().invoke(app, [str(text), "--out", str(run), "--resume", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "left out: 2 records that could not be read" in result.output

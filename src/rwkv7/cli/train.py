@@ -28,6 +28,7 @@ from rwkv7.training import (
     train_model,
     tune_model,
 )
+from rwkv7.training.data import BadRecords
 
 __all__ = ["train"]
 
@@ -109,6 +110,8 @@ def _run(call: _Call, given: dict[str, Any], report: Report) -> TrainResult:
 
 
 def _tell(result: TrainResult, out: Path) -> None:
+    if result.bad_records:
+        print(BadRecords.in_words(result.bad_records))
     if result.finished:
         print(f"done: {result.step:,} steps; the model is {result.checkpoint}")
     else:

@@ -49,13 +49,15 @@ class TrainingDivergedError(ArithmeticError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
     """How a run ended: the steps done, whether that is all, the newest checkpoint, the last
-    evaluation (None when interrupted or nothing is held out), and the speed of its steps."""
+    evaluation (None when interrupted or nothing is held out), the speed of its steps, and how many
+    records of its text were left out because they could not be read."""
 
     step: int
     finished: bool
     checkpoint: Path
     evaluation: Evaluation | None
     tokens_per_second: float
+    bad_records: int = 0
 
 
 class Run:
@@ -179,6 +181,7 @@ class Run:
             checkpoint=checkpoint.path,
             evaluation=evaluation,
             tokens_per_second=0.0,
+            bad_records=self.data.info.bad_records,
         )
 
     def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:

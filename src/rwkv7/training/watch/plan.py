@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv7.training.batch import Batch
+from rwkv7.training.data import BadRecords
 from rwkv7.training.optim import make_optimizer
 from rwkv7.training.settings import TrainSettings
 from rwkv7.training.step import step_gradients
@@ -40,6 +41,7 @@ class Plan:
     tokens_per_step: int
     text_tokens: int | None
     seconds_per_step: float | None
+    bad_records: int = 0
 
     def lines(self) -> list[str]:
         """The figures in words, a line each."""
@@ -67,6 +69,7 @@ class Plan:
             f"tokens       {total:,} in {self.steps:,} steps of {self.tokens_per_step:,}",
             f"text         {text}",
             f"time         {spent}",
+            *([BadRecords.in_words(self.bad_records)] if self.bad_records else []),
         ]
 
 
