@@ -79,7 +79,10 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
         assert f"{part} {4 * parameters / 1024:.0f} KiB" in result.output
     assert f"moments {8 * parameters / 1024:.0f} KiB, activations " in result.output
     assert "tokens       80 in 5 steps of 16" in result.output
-    assert "about 620, read 0.13 times" in result.output and "tokens/s" in result.output
+    assert (
+        "about 570 tokens to train on, read 0.14 times" in result.output
+        and "tokens/s" in result.output
+    )
     # Of a model that is tuned, only what is trained has gradients and moments.
     save_model(model, tmp_path / "base.pth")
     tuned = [*call[:4], "--device", "cpu", "--from", str(tmp_path / "base.pth"), "--tune", "state"]
@@ -87,10 +90,14 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
     assert f"parameters   {parameters + 64:,}, of which 64 are trained" in result.output
     assert "gradients 256 B, moments 512 B" in result.output
     # What cannot fit is told without making it.
-    monkeypatch.setattr("rwkv7.training.watch.plan._free_memory", lambda _: 1000)
+    monkeypatch.setattr("rwkv7.training.watch.plan.free_memory", lambda _: 1000)
     result = CliRunner().invoke(app, call)
     assert "activations not known" in result.output
-    assert "time         not known: the model does not fit" in result.output
+    assert "not known: this does not fit into the memory that is free (1000 B)" in result.output
+    # What the run would refuse, the dry run does.
+    for option, words in (("--window", "at least 1001 tokens"), ("--held-out", "fewer bytes than")):
+        result = CliRunner().invoke(app, [*call, option, "1000"])
+        assert isinstance(result.exception, ValueError) and words in str(result.exception)
     (tmp_path / "base.pth").unlink()
     assert sorted(tmp_path.iterdir()) == before
     result = CliRunner().invoke(app, [*call, "--resume"])

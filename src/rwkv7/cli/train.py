@@ -69,7 +69,13 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
 def _plan(call: _Call, given: dict[str, Any]) -> None:
     if call.resume:
         raise ValueError("dry_run: tells of a run that begins; leave --resume out")
-    plan = plan_training(given, call.texts or (), base=call.base, device=call.device)
+    plan = plan_training(
+        given,
+        call.texts or (),
+        base=call.base,
+        held_out_file=call.held_out_file,
+        device=call.device,
+    )
     print("\n".join(plan.lines()))
 
 

@@ -48,6 +48,7 @@ from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
 from .settings import TrainSettings, resumed_settings, tuning_settings
+from .sources import make_order
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 from .watch.plan import Plan, make_plan
 from .watch.report import Report, ReportToAll
@@ -132,6 +133,7 @@ def plan_training(
     texts: Sequence[Path],
     *,
     base: Path | None = None,
+    held_out_file: Path | None = None,
     device: str | torch.device | None = None,
 ) -> Plan:
     """What a run with these settings would take; writes nothing.
@@ -150,7 +152,10 @@ def plan_training(
     if settings.chat:
         tokens = count_chat_tokens(text, tokenizer, bad)
     else:
-        tokens = count_tokens(text, tokenizer, key=settings.key, bad=bad)
+        apart = find_text([held_out_file]) if held_out_file else None
+        tokens = count_tokens(text, tokenizer, settings.held_out, apart, key=settings.key, bad=bad)
+        row = settings.sequence or settings.window
+        make_order(settings.order, tokens, row, settings.seed)  # refuses what is too little
     plan = make_plan(settings, begin.parameters, begin.make, device, tokens)
     return replace(plan, bad_records=bad.count)
 

@@ -142,19 +142,29 @@ def open_data(folder: Path) -> TokenData:
 
 
 def count_tokens(
-    text: Text, tokenizer: Tokenizer, *, key: str = "text", bad: BadRecords | None = None
+    text: Text,
+    tokenizer: Tokenizer,
+    held_out: int | None = None,
+    held_out_text: Text | None = None,
+    *,
+    key: str = "text",
+    bad: BadRecords | None = None,
 ) -> int:
-    """About how many tokens a text has, going by its first MiB; those of a corpus are counted.
+    """About how many tokens there are to train on, going by the first MiB; a corpus's are counted.
 
-    `key` and `bad` as for `prepare_data`. Raises ValueError for text without a document, or a
-    record that stops the reading.
+    Takes and raises what `prepare_data` does; writes nothing.
     """
-    if text.corpus:
-        return len(open_corpus(text.corpus).tokens)
     bad = bad or BadRecords()
-    size = text_bytes(text, key=key, bad=bad)
-    piece = next(text_pieces(text, key=key, bad=bad.again())).text
-    return round(size * len(tokenizer.encode(piece)) / len(piece))
+    if text.corpus:
+        split = _split(_checked(text.corpus, tokenizer), tokenizer, held_out, held_out_text)[0]
+    else:
+        size = text_bytes(text, key=key, bad=bad)
+        piece = next(text_pieces(text, key=key, bad=bad.again())).text
+        apart = _held_out_bytes(size, held_out, held_out_text)
+        split = round((size - apart) * len(tokenizer.encode(piece)) / len(piece))
+    if held_out_text:
+        text_bytes(held_out_text, key=key, bad=bad)
+    return split
 
 
 def _held_out_bytes(size: int, held_out: int | None, held_out_text: Text | None) -> int:
@@ -190,14 +200,8 @@ def _prepare_corpus(
     key: str,
     bad: BadRecords,
 ) -> TokenData:
-    corpus = open_corpus(prefix)
-    if len(corpus.tokens) == 0:
-        raise ValueError(f"text: expected tokens to train on, found none in {prefix}")
-    corpus.check_ids(tokenizer.vocab_size, str(prefix))
-    of_a_token = _bytes_of_a_token(corpus.tokens, tokenizer)
-    size = max(1, round(len(corpus.tokens) * of_a_token))
-    held_out = _held_out_bytes(size, held_out, held_out_text)
-    split = len(corpus.tokens) - round(held_out / of_a_token)
+    corpus = _checked(prefix, tokenizer)
+    split, of_a_token = _split(corpus, tokenizer, held_out, held_out_text)
     folder.mkdir(parents=True, exist_ok=True)
     if held_out_text:
         held_out = text_bytes(held_out_text, key=key, bad=bad)
@@ -219,6 +223,24 @@ def _prepare_corpus(
         bad_records=bad.count,
     )
     return _written(info, folder)
+
+
+def _checked(prefix: Path, tokenizer: Tokenizer) -> Corpus:
+    corpus = open_corpus(prefix)
+    if len(corpus.tokens) == 0:
+        raise ValueError(f"text: expected tokens to train on, found none in {prefix}")
+    corpus.check_ids(tokenizer.vocab_size, str(prefix))
+    return corpus
+
+
+def _split(
+    corpus: Corpus, tokenizer: Tokenizer, held_out: int | None, held_out_text: Text | None
+) -> tuple[int, float]:
+    """How many tokens are trained on, those before the held-out ones, and the bytes of a token."""
+    of_a_token = _bytes_of_a_token(corpus.tokens, tokenizer)
+    size = max(1, round(len(corpus.tokens) * of_a_token))
+    held_out = _held_out_bytes(size, held_out, held_out_text)
+    return len(corpus.tokens) - round(held_out / of_a_token), of_a_token
 
 
 def _open_parts(info: DataInfo, folder: Path) -> tuple[Corpus, Tokens]:
