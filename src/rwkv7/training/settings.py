@@ -138,6 +138,7 @@ class TrainSettings:
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("on_bad", self.on_bad in ON_BAD, f"one of {', '.join(ON_BAD)}")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._require("order", not self.chat or self.order == "shuffled", "shuffled with chat")
         self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
         self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
