@@ -45,6 +45,15 @@ def test_recall_across_windows(capsys, tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_only_the_exact_gradient_teaches_recall():
+    train = runpy.run_path(str(EXAMPLES / "recall_across_windows.py"))["train"]
+    sizes = {"KEYS": 1, "VALUES": 4, "NOISE": 2, "WINDOW": 2, "WINDOWS": 5}
+    train.__globals__.update(sizes, LAST=8, VOCABULARY=7)
+    right = {mode: train(mode, 20)[-1][1] for mode in ("off", "truncated", "exact")}
+    assert right["exact"] > 0.9
+    assert max(right["off"], right["truncated"]) < 0.5  # chance is 0.25
+
+
 def test_pretrain_from_zero(capsys):
     printed = run("pretrain_from_zero", capsys, steps=4)
     assert "step 2 writes: 'And the " in printed

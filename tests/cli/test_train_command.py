@@ -79,7 +79,10 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
         assert f"{part} {4 * parameters / 1024:.0f} KiB" in result.output
     assert f"moments {8 * parameters / 1024:.0f} KiB, activations " in result.output
     assert "tokens       80 in 5 steps of 16" in result.output
-    assert "about 620, read 0.13 times" in result.output and "tokens/s" in result.output
+    assert (
+        "about 570 tokens to train on, read 0.14 times" in result.output
+        and "tokens/s" in result.output
+    )
     # Of a model that is tuned, only what is trained has gradients and moments.
     save_model(model, tmp_path / "base.pth")
     tuned = [*call[:4], "--device", "cpu", "--from", str(tmp_path / "base.pth"), "--tune", "state"]
@@ -87,10 +90,14 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
     assert f"parameters   {parameters + 64:,}, of which 64 are trained" in result.output
     assert "gradients 256 B, moments 512 B" in result.output
     # What cannot fit is told without making it.
-    monkeypatch.setattr("rwkv7.training.watch.plan._free_memory", lambda _: 1000)
+    monkeypatch.setattr("rwkv7.training.watch.plan.free_memory", lambda _: 1000)
     result = CliRunner().invoke(app, call)
     assert "activations not known" in result.output
-    assert "time         not known: the model does not fit" in result.output
+    assert "not known: this does not fit into the memory that is free (1000 B)" in result.output
+    # What the run would refuse, the dry run does.
+    for option, words in (("--window", "at least 1001 tokens"), ("--held-out", "fewer bytes than")):
+        result = CliRunner().invoke(app, [*call, option, "1000"])
+        assert isinstance(result.exception, ValueError) and words in str(result.exception)
     (tmp_path / "base.pth").unlink()
     assert sorted(tmp_path.iterdir()) == before
     result = CliRunner().invoke(app, [*call, "--resume"])
@@ -125,3 +132,32 @@ def test_divergence_is_one_line_and_no_traceback(
     )
     assert result.exit_code == 1
     assert "error: stopped at step 1" in result.output
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_records_that_cannot_be_read_stop_the_run_or_are_counted_and_named(
+    app: typer.Typer, tmp_path: Path, chat: bool
+) -> None:
+    said = '{"messages": [{"role": "assistant", "content": "it was so"}]}'
+    good = said if chat else '{"body": "in the beginning was the word"}'
+    text, run = tmp_path / "a.jsonl", tmp_path / "run"
+    lines = [good] * 40
+    lines[3], lines[39] = '{"body": 7}', "broken"
+    text.write_text("\n".join(lines))
+    call = [str(text), "--out", str(run), "--steps", "1", "--key", "body", *SMALL, "--window=30"]
+    call += ["--chat"] * chat
+    for dry in ([], ["--dry-run"]):
+        result = CliRunner().invoke(app, [*call, *dry])
+        assert "a.jsonl: line 4: " in str(result.exception)
+        assert "(--on-bad skip)" in str(result.exception)
+        assert not run.exists()
+    call += ["--on-bad", "skip"]
+    assert "left out: 2 records" in CliRunner().invoke(app, [*call, "--dry-run"]).output
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    printed = result.output.replace("\n", "")
+    assert printed.count("a.jsonl: line 4: ") == printed.count("a.jsonl: line 40: ") == 1
+    assert "left out: 2 records that could not be read" in printed
+    result = CliRunner().invoke(app, [str(text), "--out", str(run), "--resume", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "left out: 2 records that could not be read" in result.output

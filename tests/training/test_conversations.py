@@ -147,8 +147,9 @@ def test_held_out_answers_are_charged_and_questions_are_not(data: ChatData) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "hello"}', r"line 2: expected a conversation: expected \{\"messages\""),
-        ("{", "line 2: expected a conversation"),
+        ('{"text": "hello"}', "line 2: messages: expected a list of .*, found none"),
+        ('{"messages": 3}', "line 2: messages: expected a list of .*, found int"),
+        ("{", "line 2: expected a JSON object"),
         ('{"messages": [{"role": "tool", "content": ""}]}', "role: expected one of .*'tool'"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content: expected text, found int"),
         ('{"messages": [{"role": "user", "content": "?"}]}', "one of the assistant's at least"),

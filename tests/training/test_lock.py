@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -78,6 +79,17 @@ def test_a_lock_of_another_shape_counts_while_it_is_new(tmp_path: Path, content:
     os.utime(path, (old, old))
     with run_lock(tmp_path):
         pass
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space left") as caught, run_lock(tmp_path):
+        pass
+    assert caught.value.filename == str(tmp_path / "lock")
+    assert list(tmp_path.iterdir()) == []
 
 
 def write(run: Path, pid: int, host: str) -> None:

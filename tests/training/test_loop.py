@@ -203,6 +203,8 @@ def test_a_run_in_parts_or_in_exact_windows_is_the_run_in_one_piece(
             'sequence: expected a number of tokens with carry "exact", found None',
         ),
         ({"accumulate": 0}, "accumulate: expected 1 to the batch's 16, found 0"),
+        ({"chat": True, "order": "official"}, "order: expected shuffled with chat, found"),
+        ({"on_bad": "go"}, "on_bad: expected one of stop, skip, found 'go'"),
         ({"accumulate": 17}, "accumulate: expected 1 to the batch's 16, found 17"),
         (
             {"accumulate": 2, "pack": True, "carry": "truncated", "sequence": 9},

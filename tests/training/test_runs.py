@@ -217,6 +217,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(
     assert newest(tmp_path / "run") == 4
     for tensor in files(tmp_path / "run")["model.safetensors"].values():
         assert tensor.isfinite().all()
+    assert (tmp_path / "run" / "loss.png").is_file()
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_later(

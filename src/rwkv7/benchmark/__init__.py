@@ -2,7 +2,16 @@
 
 from .measure import WORKS, Measurement, Result, default_shapes, measurements
 from .sample import Shape
-from .subjects import BASELINE, FLA_CHUNKS, Subject, backend, fla, step, token_loop
+from .subjects import (
+    BASELINE,
+    FLA_CHUNKS,
+    Subject,
+    backend,
+    einsum_loop,
+    fla,
+    step,
+    token_loop,
+)
 from .table import results_in, update_tables
 
 __all__ = [
@@ -15,6 +24,7 @@ __all__ = [
     "Subject",
     "backend",
     "default_shapes",
+    "einsum_loop",
     "fla",
     "measurements",
     "results_in",

@@ -94,7 +94,7 @@ def token_loop() -> Subject:
 
     def prepare(sample: Sample) -> Prepared:
         inputs = [*sample.inputs, sample.state]
-        return Prepared(_token_loop, inputs, sample.dy, sample.dfinal)
+        return Prepared(einsum_loop, inputs, sample.dy, sample.dfinal)
 
     return Subject(BASELINE, refuses, lambda _: "two einsums a token", prepare)
 
@@ -206,9 +206,10 @@ def _with_log_decays(sample: Sample) -> list[Tensor]:
     return [r, sample.decays("log_bounded"), k, v, a, b]
 
 
-def _token_loop(
+def einsum_loop(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, V] and the final state [B, H, V, K], by two einsums a token; `w` are logits."""
     dtype, S = state.dtype, state
     d = log_decay(w, "logit", dtype).exp()
     r, k, wide_v, a, b = (x.to(dtype) for x in (r, k, v, a, b))

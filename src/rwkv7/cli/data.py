@@ -31,7 +31,6 @@ from rwkv7.training.data import (
 
 __all__ = ["data"]
 
-TOLD = 20  # bad records named on the way; the rest are counted
 SAMPLE = 64  # tokens of a document that are shown
 
 
@@ -60,7 +59,9 @@ def build(
             raise ValueError(f"out: {path} exists; remove it, or choose another name")
     encoder, text = get_tokenizer(tokenizer), find_text(texts)
     console = Console(stderr=True)
-    bad = BadRecords(on_bad, lambda name: _tell_bad(console, bad, name))
+    bad = BadRecords(
+        on_bad, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
     columns = (
         TextColumn("tokenizing"),
         *(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()),
@@ -80,7 +81,7 @@ def build(
     if text.skipped:
         print(f"left out: {text.skipped:,} files that are not text", file=sys.stderr)
     if bad.count:
-        print(f"left out: {bad.count:,} records that could not be read", file=sys.stderr)
+        print(BadRecords.in_words(bad.count), file=sys.stderr)
 
 
 def show(
@@ -110,13 +111,6 @@ def show(
 
 
 data = {"build": build, "show": show}
-
-
-def _tell_bad(console: Console, bad: BadRecords, name: str) -> None:
-    if bad.count <= TOLD:
-        console.print(f"left out: {name}", markup=False, highlight=False, soft_wrap=True)
-    elif bad.count == TOLD + 1:
-        console.print("left out: more, which are counted at the end")
 
 
 def _sample(corpus: Corpus, document: int, tokenizer: Tokenizer) -> str:

@@ -51,10 +51,17 @@ def demo(
     model, gzip -9 and xz -9 on the very same bytes. The exit code is 1 when a check fails or the
     model does not beat all three.
     """
-    from rwkv7.demo_text import HELD_OUT_BYTES, load_text
+    from rwkv7.demo_text import load_text
+
+    tell(Story(settings=demo_settings(), text=load_text()), out or _free_folder(), device)
+
+
+def demo_settings() -> TrainSettings:
+    """The model that the demo trains, and how."""
+    from rwkv7.demo_text import HELD_OUT_BYTES
     from rwkv7.training import TrainSettings
 
-    settings = TrainSettings(
+    return TrainSettings(
         steps=700,
         layers=3,
         width=128,
@@ -66,7 +73,6 @@ def demo(
         save_every=350,
         eval_every=350,
     )
-    tell(Story(settings=settings, text=load_text()), out or _free_folder(), device)
 
 
 def tell(story: Story, out: Path, device: str | None) -> None:

@@ -28,6 +28,7 @@ from rwkv7.training import (
     train_model,
     tune_model,
 )
+from rwkv7.training.data import BadRecords
 
 __all__ = ["train"]
 
@@ -68,7 +69,13 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
 def _plan(call: _Call, given: dict[str, Any]) -> None:
     if call.resume:
         raise ValueError("dry_run: tells of a run that begins; leave --resume out")
-    plan = plan_training(given, call.texts or (), base=call.base, device=call.device)
+    plan = plan_training(
+        given,
+        call.texts or (),
+        base=call.base,
+        held_out_file=call.held_out_file,
+        device=call.device,
+    )
     print("\n".join(plan.lines()))
 
 
@@ -109,6 +116,8 @@ def _run(call: _Call, given: dict[str, Any], report: Report) -> TrainResult:
 
 
 def _tell(result: TrainResult, out: Path) -> None:
+    if result.bad_records:
+        print(BadRecords.in_words(result.bad_records))
     if result.finished:
         print(f"done: {result.step:,} steps; the model is {result.checkpoint}")
     else:

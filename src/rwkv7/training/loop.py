@@ -49,13 +49,15 @@ class TrainingDivergedError(ArithmeticError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainResult:
     """How a run ended: the steps done, whether that is all, the newest checkpoint, the last
-    evaluation (None when interrupted or nothing is held out), and the speed of its steps."""
+    evaluation (None when interrupted or nothing is held out), the speed of its steps, and how many
+    records of its text were left out because they could not be read."""
 
     step: int
     finished: bool
     checkpoint: Path
     evaluation: Evaluation | None
     tokens_per_second: float
+    bad_records: int = 0
 
 
 class Run:
@@ -105,6 +107,9 @@ class Run:
                         break
             report.end()
             result = self._finish(log, report)
+        except TrainingDivergedError:
+            plot_loss(self.out / "log.jsonl", self.out / "loss.png")  # how it came to that
+            raise
         finally:
             report.end()
             log.close()
@@ -176,6 +181,7 @@ class Run:
             checkpoint=checkpoint.path,
             evaluation=evaluation,
             tokens_per_second=0.0,
+            bad_records=self.data.info.bad_records,
         )
 
     def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:

@@ -30,10 +30,12 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .data import (
+    BadRecords,
     ChatData,
     Text,
     TokenData,
     chat_digest,
+    count_chat_tokens,
     count_tokens,
     find_text,
     open_chat,
@@ -46,6 +48,7 @@ from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
 from .settings import TrainSettings, resumed_settings, tuning_settings
+from .sources import make_order
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 from .watch.plan import Plan, make_plan
 from .watch.report import Report, ReportToAll
@@ -130,6 +133,7 @@ def plan_training(
     texts: Sequence[Path],
     *,
     base: Path | None = None,
+    held_out_file: Path | None = None,
     device: str | torch.device | None = None,
 ) -> Plan:
     """What a run with these settings would take; writes nothing.
@@ -144,8 +148,16 @@ def plan_training(
     else:
         begin = _tuned_model(base, given, device, text)
     settings = begin.settings
-    tokens = None if settings.chat else count_tokens(text, get_tokenizer(settings.tokenizer))
-    return make_plan(settings, begin.parameters, begin.make, device, tokens)
+    tokenizer, bad = get_tokenizer(settings.tokenizer), BadRecords(settings.on_bad)
+    if settings.chat:
+        tokens = count_chat_tokens(text, tokenizer, bad)
+    else:
+        apart = find_text([held_out_file]) if held_out_file else None
+        tokens = count_tokens(text, tokenizer, settings.held_out, apart, key=settings.key, bad=bad)
+        row = settings.sequence or settings.window
+        make_order(settings.order, tokens, row, settings.seed)  # refuses what is too little
+    plan = make_plan(settings, begin.parameters, begin.make, device, tokens)
+    return replace(plan, bad_records=bad.count)
 
 
 def resume_training(
@@ -185,7 +197,7 @@ def resume_training(
         settings = resumed_settings(checkpoint.settings, changes or {})
         data = (open_chat if settings.chat else open_data)(out / "data")
         if texts:
-            _check_same_text(data, texts, held_out_file, out)
+            _check_same_text(data, texts, held_out_file, out, settings)
         tuning, optimizer = load_checkpoint(checkpoint, device, base)
         _note_differences(checkpoint, tuning.model, report)
         run = Run(out, settings, data, tuning, optimizer, checkpoint.step)
@@ -216,8 +228,13 @@ class _Beginning:
         _check_save(save)
         report = _with_board(report, settings, out)
         with _new_run(out):
-            prepare = prepare_chat if settings.chat else prepare_data
-            data = prepare(self.text, out / "data", tokenizer, settings.held_out, held_out_text)
+            bad = BadRecords(settings.on_bad, report.note)
+            found = self.text, out / "data", tokenizer, settings.held_out, held_out_text
+            data: ChatData | TokenData
+            if settings.chat:
+                data = prepare_chat(*found, bad=bad)
+            else:
+                data = prepare_data(*found, key=settings.key, bad=bad)
             tuning = self.make()
             optimizer = make_optimizer(tuning.trained, settings)
             run = Run(out, settings, data, tuning, optimizer)
@@ -349,11 +366,19 @@ def _check_free(out: Path) -> None:
 
 
 def _check_same_text(
-    data: TokenData | ChatData, texts: Sequence[Path], held_out_file: Path | None, out: Path
+    data: TokenData | ChatData,
+    texts: Sequence[Path],
+    held_out_file: Path | None,
+    out: Path,
+    settings: TrainSettings,
 ) -> None:
+    text = find_text(texts, exclude=out)
     held_out_text = find_text([held_out_file]) if held_out_file else None
-    digest = chat_digest if isinstance(data, ChatData) else text_digest
-    if digest(find_text(texts, exclude=out), held_out_text) != data.info.sha256:
+    if isinstance(data, ChatData):
+        digest = chat_digest(text, held_out_text)
+    else:
+        digest = text_digest(text, held_out_text, key=settings.key, on_bad=settings.on_bad)
+    if digest != data.info.sha256:
         raise ValueError(
             "text: this is not the text that the run was begun with. Leave it out to go on with "
             "the run's own copy, or begin a new run in another folder"

@@ -15,6 +15,7 @@ from rwkv7.config import ModelConfig
 from rwkv7.tokenizer import get_tokenizer, tokenizer_of
 
 from .carry import CARRY_MODES
+from .data import ON_BAD
 
 __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings", "tuning_settings"]
 
@@ -52,6 +53,8 @@ class TrainSettings:
     order: str = _option(
         "shuffled", 'of the windows: "shuffled", or "official" (RWKV-LM\'s, the same every epoch)'
     )
+    key: str = _option("text", "key (JSON lines) or column (Parquet, Arrow) that holds the text")
+    on_bad: str = _option("stop", 'a record that cannot be read: "stop", or "skip" and count it')
     pack: bool = _option(False, "documents apart: no state or token shift leaks into the next one")
     carry: str = _option(
         "off",
@@ -133,7 +136,9 @@ class TrainSettings:
         self._require("sample_every", self.sample_every >= 0, "at least 0")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
+        self._require("on_bad", self.on_bad in ON_BAD, f"one of {', '.join(ON_BAD)}")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._require("order", not self.chat or self.order == "shuffled", "shuffled with chat")
         self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
         self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")

@@ -46,7 +46,8 @@ def test_json_lines_are_documents(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    b'{"text": "cut off': "line 2: Unterminated string .*character 10",
+    b'{"text": "cut off': "line 2: expected a JSON object: Unterminated .*, character 10",
+    b"\x00\xff {": "line 2: 'utf-8' codec can't decode",
     b"[1]": "line 2: expected a JSON object, found list",
     b'{"body": "x", "id": 3}': "line 2: expected the key 'text', found 'body', 'id'",
     b'{"text": null}': "line 2: 'text': expected text, found NoneType",
@@ -70,17 +71,20 @@ def test_a_bad_line_stops_or_is_counted_named_and_left_out(
         documents(path)
     bad = BadRecords("skip", told.append)
     assert documents(path, bad=bad) == ["one", "three"]
-    assert bad.count == 2 and told == bad.named and "a.jsonl: line 4: " in told[1]
-    with pytest.raises(ValueError, match='on_bad: expected "skip" or "stop", found \'go\''):
+    assert bad.count == 2 and "a.jsonl: line 4: " in told[1]
+    assert told == [f"left out: {name}" for name in bad.named]
+    with pytest.raises(ValueError, match="on_bad: expected one of stop, skip, found 'go'"):
         BadRecords("go")
 
 
 def test_names_of_bad_records_do_not_fill_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x\n" * 500 + b'{"text": "y"}')
-    bad = BadRecords("skip")
+    told: list[str] = []
+    bad = BadRecords("skip", told.append)
     assert documents(path, bad=bad) == ["y"]
     assert (bad.count, len(bad.named)) == (500, records.NAMED)
+    assert len(told) == records.TOLD + 1 and "more, which are counted" in told[-1]
 
 
 def test_tables_are_documents(tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_a_damaged_row_group_costs_only_itself(tmp_path: Path) -> None:
     path.write_bytes(content)
     bad = BadRecords("skip")
     assert documents(path, bad=bad) == texts[:10] + texts[20:]
-    assert bad.count == 1 and "row group 1, from row 10" in bad.named[0]
+    assert bad.count == 10 and "row group 1, from row 10 (10 records): " in bad.named[0]
 
 
 def test_without_pyarrow_the_extra_is_named(

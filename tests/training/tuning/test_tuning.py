@@ -123,7 +123,7 @@ def test_what_does_not_go_with_the_model_is_refused_before_anything_is_written(
             tune_model(base, {**SHORT, **given}, [text], run, device=CPU)
     with pytest.raises(ValueError, match=r"save: expected a name in \.pth or \.safetensors"):
         tune_model(base, SHORT, [text], run, device=CPU, save=tmp_path / "model.bin")
-    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+    with pytest.raises(FileNotFoundError, match="from: there is no file or folder"):
         tune_model(tmp_path / "none.pth", SHORT, [text], run, device=CPU)
     assert not run.exists()
     # Sizes that are the model's, and settings of their own, are as good as none.

@@ -96,3 +96,15 @@ def test_lines_that_are_not_of_a_log_are_left_out(tmp_path: Path) -> None:
     assert read_log(path) == [{"step": 1}, {"step": 3}]
     RunLog(path, step=2).close()
     assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_the_name_of_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.symlink_to("/dev/full")
+    log = RunLog.__new__(RunLog)
+    log._path, log._file = path, path.open("a", encoding="utf-8")
+    with pytest.raises(OSError, match="No space left") as caught:
+        log.step(record(1))
+    assert caught.value.filename == str(path)
+    log.close()

@@ -51,8 +51,9 @@ def build_corpus(
 
     def check(size: CorpusSize) -> None:
         if size.documents == 0:
-            first = f"; {bad.count} bad records, the first: {bad.named[0]}" if bad.count else ""
-            raise ValueError(f"text: expected at least one document with text, found none{first}")
+            raise ValueError(
+                f"text: expected at least one document with text, found none{bad.first()}"
+            )
 
     dtype = token_dtype(tokenizer.vocab_size)
     return write_corpus(prefix, tokenized(pieces(), tokenizer), dtype, check)

@@ -23,10 +23,18 @@ from rwkv7.tokenizer import Tokenizer
 from .binidx import open_corpus, token_dtype, write_corpus
 from .corpus import Corpus
 from .prepared import HELD_OUT_MOST, HELD_OUT_SHARE, DataInfo
-from .records import BadRecords
+from .records import TABLES, BadRecords, json_records
 from .text import Text
 
-__all__ = ["ChatData", "Conversations", "chat_digest", "chat_parts", "open_chat", "prepare_chat"]
+__all__ = [
+    "ChatData",
+    "Conversations",
+    "chat_digest",
+    "chat_parts",
+    "count_chat_tokens",
+    "open_chat",
+    "prepare_chat",
+]
 
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 INFO = "chat.json"
@@ -85,21 +93,25 @@ def prepare_chat(
     tokenizer: Tokenizer,
     held_out: int | None = None,
     held_out_text: Text | None = None,
+    *,
+    bad: BadRecords | None = None,
 ) -> ChatData:
     """Tokenizes the conversations of JSON-lines files into `folder`, which is made.
 
     The last ones, with at least `held_out` bytes of what the assistant says (None: a tenth, at most
     256 KiB), are held out; with `held_out_text` those in it are. The tokens are held in memory
     meanwhile. A tokenizer with an end-of-document token gets one after each, which is learnt too.
+    `bad` says what happens to lines that are no conversations; None stops at the first.
 
-    Raises ValueError, naming file and line, for what is no conversation.
+    Raises ValueError, naming file and line, for one that stops the reading.
     """
-    found = list(_read(text, tokenizer))
+    bad = bad or BadRecords()
+    found = list(_read(text, tokenizer, bad))
     if held_out_text is None:
         number = _held_out(found, held_out)
         found, apart = found[: len(found) - number], found[len(found) - number :]
     else:
-        apart = list(_read(held_out_text, tokenizer))
+        apart = list(_read(held_out_text, tokenizer, bad))
     folder.mkdir(parents=True, exist_ok=True)
     for name, conversations in (("train", found), ("held_out", apart)):
         ids = ((ids, True) for ids, _, _ in conversations)
@@ -115,6 +127,7 @@ def prepare_chat(
         held_out_bytes=sum(size for _, _, size in apart),
         sha256=chat_digest(text, held_out_text),
         files=len(text.files),
+        bad_records=bad.count,
     )
     line = json.dumps(asdict(info), indent=1) + "\n"
     write_atomically(folder / INFO, lambda path: _write_text(path, line))
@@ -137,6 +150,14 @@ def open_chat(folder: Path) -> ChatData:
     return ChatData(parts[0], parts[1], info)
 
 
+def count_chat_tokens(text: Text, tokenizer: Tokenizer, bad: BadRecords | None = None) -> int:
+    """How many tokens the conversations have; they are read through.
+
+    `bad` and what is raised as for `prepare_chat`.
+    """
+    return sum(len(ids) for ids, _, _ in _read(text, tokenizer, bad or BadRecords()))
+
+
 def chat_digest(text: Text, held_out_text: Text | None = None) -> str:
     """The SHA-256 of the files of conversations, hexadecimal, as `DataInfo.sha256` keeps it."""
     digest = hashlib.sha256()
@@ -151,29 +172,28 @@ def chat_digest(text: Text, held_out_text: Text | None = None) -> str:
 _Encoded = tuple[np.ndarray, np.ndarray, int]  # ids, learnt, and the bytes of what is learnt
 
 
-def _read(text: Text, tokenizer: Tokenizer) -> Iterator[_Encoded]:
-    bad, empty = BadRecords(), True
-    if text.corpus:
-        raise ValueError(f"text: expected JSON lines of conversations, found {text.corpus}")
+def _read(text: Text, tokenizer: Tokenizer, bad: BadRecords) -> Iterator[_Encoded]:
+    tables = (path for path in text.files if path.suffix.lower() in TABLES)
+    if foreign := text.corpus or next(tables, None):
+        raise ValueError(f"text: expected JSON lines of conversations, found {foreign}")
+    empty = True
     for path in text.files:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _encoded(json_object(line), tokenizer)
-                    empty = False
-                except ValueError as error:
-                    bad.add(path, f"line {number}", f"expected a conversation: {error}")
+            for found in json_records(file, path, lambda record: _encoded(record, tokenizer), bad):
+                empty = False
+                yield found
     if empty:
         names = ", ".join(map(str, text.files[:3]))
-        raise ValueError(f"text: expected at least one conversation, found none in {names}")
+        raise ValueError(
+            f"text: expected at least one conversation, found none in {names}{bad.first()}"
+        )
 
 
 def _encoded(record: dict[str, Any], tokenizer: Tokenizer) -> _Encoded:
     messages = record.get("messages")
     if not isinstance(messages, list):
-        raise ValueError('expected {"messages": [{"role": …, "content": …}, …]}')
+        found = type(messages).__name__ if "messages" in record else "none"
+        raise ValueError(f'messages: expected a list of {{"role": …, "content": …}}, found {found}')
     ids: list[int] = []
     marks: list[int] = []
     size = 0

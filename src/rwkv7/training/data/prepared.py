@@ -21,6 +21,7 @@ from rwkv7.tokenizer import Tokenizer
 from .binidx import corpus_fingerprint, open_corpus, token_dtype, write_corpus
 from .build import tokenized
 from .corpus import Corpus, Tokens
+from .records import BadRecords
 from .text import Piece, Text, text_bytes, text_pieces
 
 __all__ = ["DataInfo", "TokenData", "count_tokens", "open_data", "prepare_data"]
@@ -46,6 +47,7 @@ class DataInfo:
     sha256: str  # of the whole text, held-out part included; `text_digest` makes it
     files: int
     corpus: str | None = None
+    bad_records: int = 0  # left out, since they could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ def prepare_data(
     tokenizer: Tokenizer,
     held_out: int | None = None,
     held_out_text: Text | None = None,
+    *,
+    key: str = "text",
+    bad: BadRecords | None = None,
 ) -> TokenData:
     """Tokenizes `text` into `folder`, which is made; data.json comes last of all.
 
@@ -76,22 +81,27 @@ def prepare_data(
     `held_out_text`, that text is, and all of `text` is trained on. A tokenizer with an
     end-of-document token gets one after each document. Where text is cut (each MiB at a line's end,
     and between the two parts) a token never reaches across. Of a tokenized corpus the held-out
-    bytes are counted in whole tokens.
+    bytes are counted in whole tokens. `key` is that of the text in a record, and `bad` says what
+    happens to records that cannot be read; None stops at the first.
 
-    Raises ValueError when nothing would be left to train on or a record cannot be read, OSError
+    Raises ValueError when nothing would be left to train on or a record stops the reading, OSError
     when the disk is full.
     """
+    bad = bad or BadRecords()
     if held_out_text is not None and held_out_text.corpus:
         raise ValueError(f"held_out_file: expected text, found the corpus {held_out_text.corpus}")
     if text.corpus:
-        return _prepare_corpus(text.corpus, folder, tokenizer, held_out, held_out_text)
-    size = text_bytes(text)
+        return _prepare_corpus(text.corpus, folder, tokenizer, held_out, held_out_text, key, bad)
+    size = text_bytes(text, key=key, bad=bad)
+    apart_bytes = text_bytes(held_out_text, key=key, bad=bad) if held_out_text else None
     held_out = _held_out_bytes(size, held_out, held_out_text)
     split = size - held_out
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    train = _tokenize(text_pieces(text, 0, split), folder / "train", tokenizer, digest)
-    kept = text_pieces(held_out_text or text, 0 if held_out_text else split)
+    pieces = text_pieces(text, 0, split, key=key, bad=bad.again())
+    train = _tokenize(pieces, folder / "train", tokenizer, digest)
+    begin = 0 if held_out_text else split
+    kept = text_pieces(held_out_text or text, begin, key=key, bad=bad.again())
     apart = _tokenize(kept, folder / "held_out", tokenizer, digest)
     info = DataInfo(
         tokenizer=tokenizer.name,
@@ -99,9 +109,10 @@ def prepare_data(
         train_tokens=train,
         train_bytes=split,
         held_out_tokens=apart,
-        held_out_bytes=text_bytes(held_out_text) if held_out_text else held_out,
+        held_out_bytes=held_out if apart_bytes is None else apart_bytes,
         sha256=digest.hexdigest(),
         files=len(text.files),
+        bad_records=bad.count,
     )
     return _written(info, folder)
 
@@ -130,15 +141,30 @@ def open_data(folder: Path) -> TokenData:
     return TokenData(documents, apart, info)
 
 
-def count_tokens(text: Text, tokenizer: Tokenizer) -> int:
-    """About how many tokens a text has, going by its first MiB; those of a corpus are counted.
+def count_tokens(
+    text: Text,
+    tokenizer: Tokenizer,
+    held_out: int | None = None,
+    held_out_text: Text | None = None,
+    *,
+    key: str = "text",
+    bad: BadRecords | None = None,
+) -> int:
+    """About how many tokens there are to train on, going by the first MiB; a corpus's are counted.
 
-    Raises ValueError for a record that cannot be read.
+    Takes and raises what `prepare_data` does; writes nothing.
     """
+    bad = bad or BadRecords()
     if text.corpus:
-        return len(open_corpus(text.corpus).tokens)
-    piece = next(text_pieces(text))
-    return round(text_bytes(text) * len(tokenizer.encode(piece.text)) / len(piece.text))
+        split = _split(_checked(text.corpus, tokenizer), tokenizer, held_out, held_out_text)[0]
+    else:
+        size = text_bytes(text, key=key, bad=bad)
+        piece = next(text_pieces(text, key=key, bad=bad.again())).text
+        apart = _held_out_bytes(size, held_out, held_out_text)
+        split = round((size - apart) * len(tokenizer.encode(piece)) / len(piece))
+    if held_out_text:
+        text_bytes(held_out_text, key=key, bad=bad)
+    return split
 
 
 def _held_out_bytes(size: int, held_out: int | None, held_out_text: Text | None) -> int:
@@ -171,20 +197,16 @@ def _prepare_corpus(
     tokenizer: Tokenizer,
     held_out: int | None,
     held_out_text: Text | None,
+    key: str,
+    bad: BadRecords,
 ) -> TokenData:
-    corpus = open_corpus(prefix)
-    if len(corpus.tokens) == 0:
-        raise ValueError(f"text: expected tokens to train on, found none in {prefix}")
-    corpus.check_ids(tokenizer.vocab_size, str(prefix))
-    of_a_token = _bytes_of_a_token(corpus.tokens, tokenizer)
-    size = max(1, round(len(corpus.tokens) * of_a_token))
-    held_out = _held_out_bytes(size, held_out, held_out_text)
-    split = len(corpus.tokens) - round(held_out / of_a_token)
+    corpus = _checked(prefix, tokenizer)
+    split, of_a_token = _split(corpus, tokenizer, held_out, held_out_text)
     folder.mkdir(parents=True, exist_ok=True)
     if held_out_text:
-        kept = text_pieces(held_out_text)
+        held_out = text_bytes(held_out_text, key=key, bad=bad)
+        kept = text_pieces(held_out_text, key=key, bad=bad.again())
         apart = _tokenize(kept, folder / "held_out", tokenizer, hashlib.sha256())
-        held_out = text_bytes(held_out_text)
     else:
         apart = len(corpus.tokens) - split
         held_out = _decoded_bytes(corpus.tokens[split:], tokenizer)
@@ -198,8 +220,27 @@ def _prepare_corpus(
         sha256=corpus_fingerprint(prefix),
         files=1,
         corpus=str(prefix.resolve()),
+        bad_records=bad.count,
     )
     return _written(info, folder)
+
+
+def _checked(prefix: Path, tokenizer: Tokenizer) -> Corpus:
+    corpus = open_corpus(prefix)
+    if len(corpus.tokens) == 0:
+        raise ValueError(f"text: expected tokens to train on, found none in {prefix}")
+    corpus.check_ids(tokenizer.vocab_size, str(prefix))
+    return corpus
+
+
+def _split(
+    corpus: Corpus, tokenizer: Tokenizer, held_out: int | None, held_out_text: Text | None
+) -> tuple[int, float]:
+    """How many tokens are trained on, those before the held-out ones, and the bytes of a token."""
+    of_a_token = _bytes_of_a_token(corpus.tokens, tokenizer)
+    size = max(1, round(len(corpus.tokens) * of_a_token))
+    held_out = _held_out_bytes(size, held_out, held_out_text)
+    return len(corpus.tokens) - round(held_out / of_a_token), of_a_token
 
 
 def _open_parts(info: DataInfo, folder: Path) -> tuple[Corpus, Tokens]:

@@ -12,19 +12,24 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from rwkv7.files import json_object
 
-__all__ = ["BadRecords", "RecordReader", "record_reader"]
+__all__ = ["ON_BAD", "TABLES", "BadRecords", "RecordReader", "json_records", "record_reader"]
+
+ON_BAD = ("stop", "skip")
+TABLES = (".parquet", ".arrow")
 
 LONGEST_LINE = 1 << 28  # bytes; what is longer is no record of text but a damaged file
 PIECE = 1 << 20  # bytes of such a line passed over at a time
 ROWS = 256  # of a table decoded at a time
 NAMED = 100  # bad records whose names are kept
+TOLD = 20  # bad records named on the way; the rest are counted
 
 Documents = Iterator[tuple[BinaryIO, int]]
 RecordReader = Callable[[BinaryIO, Path, str, "BadRecords"], Documents]
+_Read = TypeVar("_Read")
 
 
 class BadRecords:
@@ -35,27 +40,46 @@ class BadRecords:
         named: "file: line 3: reason" of the first hundred.
     """
 
-    def __init__(self, on_bad: str = "stop", on_skip: Callable[[str], None] | None = None) -> None:
-        """`on_bad` is "stop" (the first one raises ValueError) or "skip"; `on_skip` is then told of
-        each, in the words of `named`."""
-        if on_bad not in ("skip", "stop"):
-            raise ValueError(f'on_bad: expected "skip" or "stop", found {on_bad!r}')
-        self._stop, self._on_skip = on_bad == "stop", on_skip
+    def __init__(self, on_bad: str = "stop", tell: Callable[[str], None] | None = None) -> None:
+        """`on_bad` is "stop" (the first one raises ValueError) or "skip"; `tell` then hears, as
+        lines for a person, of the first twenty."""
+        if on_bad not in ON_BAD:
+            raise ValueError(f"on_bad: expected one of {', '.join(ON_BAD)}, found {on_bad!r}")
+        self.on_bad, self._tell = on_bad, tell
         self.count = 0
         self.named: list[str] = []
 
-    def add(self, path: Path, place: str, reason: str) -> None:
-        """Counts and names one; ValueError when the first is to stop the reading."""
-        name = f"{path}: {place}: {' '.join(reason.split())}"
-        if self._stop:
-            raise ValueError(
-                f"{name}. Mend the file, or leave such records out (rwkv7 data build --on-bad skip)"
-            )
-        self.count += 1
+    def add(self, path: Path, place: str, reason: str, records: int = 1) -> None:
+        """Counts and names what cannot be read, one record or as many as are lost with it.
+
+        Raises ValueError when the first is to stop the reading.
+        """
+        lost = "" if records == 1 else f" ({records:,} records)"
+        name = f"{path}: {place}{lost}: {' '.join(reason.split()).rstrip('.')}"
+        if self.on_bad == "stop":
+            raise ValueError(f"{name}. Mend the file, or leave such records out (--on-bad skip)")
+        self.count += records
         if len(self.named) < NAMED:
             self.named.append(name)
-        if self._on_skip:
-            self._on_skip(name)
+        if self._tell and len(self.named) <= TOLD:
+            self._tell(f"left out: {name}")
+        elif self._tell:
+            self._tell("left out: more, which are counted at the end")
+            self._tell = None
+
+    def first(self) -> str:
+        """The end of a sentence about what was not found: how many there were, and the first."""
+        return f"; {self.count} bad records, the first: {self.named[0]}" if self.count else ""
+
+    def again(self) -> BadRecords:
+        """For reading the same files once more: the same is left out, and nobody told of it."""
+        return BadRecords(self.on_bad)
+
+    @staticmethod
+    def in_words(count: int) -> str:
+        """So many, in a line for a person."""
+        records = "1 record" if count == 1 else f"{count:,} records"
+        return f"left out: {records} that could not be read"
 
 
 def record_reader(path: Path) -> RecordReader | None:
@@ -67,7 +91,15 @@ def record_reader(path: Path) -> RecordReader | None:
     return _READERS.get(path.suffix.lower())
 
 
-def _json_lines(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents:
+def json_records(
+    file: BinaryIO, path: Path, read: Callable[[dict[str, Any]], _Read], bad: BadRecords
+) -> Iterator[_Read]:
+    """What `read` makes of each line's object; what it refuses with ValueError is a bad record.
+
+    Args:
+        file: open in `path`, which is there for the names of bad records.
+        bad: what happens to lines that cannot be read.
+    """
     for number in count(1):
         line = file.readline(LONGEST_LINE)
         if not line:
@@ -78,13 +110,23 @@ def _json_lines(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Docume
             bad.add(path, f"line {number}", f"longer than {LONGEST_LINE} bytes")
         elif line.strip():
             try:
-                text = _value(json_object(line.rstrip(b"\r\n")), key)
+                # Decoded here, for json takes bytes with a NUL among them for another encoding.
+                found = read(json_object(line.rstrip(b"\r\n").decode("utf-8-sig")))
             except json.JSONDecodeError as error:  # whose own words count lines too, and from one
-                bad.add(path, f"line {number}", f"{error.msg} at character {error.pos + 1}")
+                bad.add(path, f"line {number}", _no_json(error))
             except ValueError as error:
                 bad.add(path, f"line {number}", str(error))
             else:
-                yield io.BytesIO(text), len(text)
+                yield found
+
+
+def _json_lines(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents:
+    for text in json_records(file, path, lambda record: _value(record, key), bad):
+        yield io.BytesIO(text), len(text)
+
+
+def _no_json(error: json.JSONDecodeError) -> str:
+    return f"expected a JSON object: {error.msg}, character {error.pos + 1}"
 
 
 def _value(record: dict[str, Any], key: str) -> bytes:
@@ -111,8 +153,9 @@ def _parquet(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents
     row = 0
     for group in range(table.num_row_groups):
         batches = table.iter_batches(ROWS, row_groups=[group], columns=[key])
-        yield from _batches(batches, row, f"row group {group}", path, key, bad)
-        row += table.metadata.row_group(group).num_rows
+        rows = table.metadata.row_group(group).num_rows
+        yield from _batches(batches, range(row, row + rows), f"row group {group}", path, key, bad)
+        row += rows
 
 
 def _arrow(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents:
@@ -130,20 +173,23 @@ def _arrow(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents:
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
     else:
         batches = iter(reader)
-    yield from _batches(batches, 0, "the rest of the file", path, key, bad)
+    yield from _batches(batches, range(0), "the rest of the file", path, key, bad)
 
 
 def _batches(
-    batches: Iterator[Any], row: int, rest: str, path: Path, key: str, bad: BadRecords
+    batches: Iterator[Any], rows: range, rest: str, path: Path, key: str, bad: BadRecords
 ) -> Documents:
-    """The documents of a table's batches, which begin with `row`; an error ends them."""
-    arrow = _pyarrow(path)
+    """The documents of a table's batches; an error ends them.
+
+    `rows` are their numbers; where only the first is known, those lost count as one.
+    """
+    arrow, row = _pyarrow(path), rows.start
     while True:
         try:
             batch = next(batches, None)
             column = None if batch is None else _binary(batch.column(key), arrow)
         except (arrow.ArrowException, OSError, ValueError, KeyError) as error:
-            bad.add(path, f"{rest}, from row {row}", str(error))
+            bad.add(path, f"{rest}, from row {row}", str(error), max(1, rows.stop - row))
             return
         if column is None:
             return

@@ -120,30 +120,38 @@ def text_pieces(
         read += size
 
 
-def text_bytes(text: Text) -> int:
+def text_bytes(text: Text, *, key: str = "text", bad: BadRecords | None = None) -> int:
     """The bytes of all documents, for which files of records are read through.
 
-    Raises ValueError when there are none, or for a record that cannot be read.
+    `key` and `bad` as for `text_pieces`.
+
+    Raises ValueError when there are none, or for a record that stops the reading.
     """
     if not any(map(record_reader, text.files)):
         return text.size
-    size = sum(len(piece.text) for piece in text_pieces(text))
+    bad = bad or BadRecords()
+    size = sum(len(piece.text) for piece in text_pieces(text, key=key, bad=bad))
     if size == 0:
         names = ", ".join(map(str, text.files[:3]))
-        raise ValueError(f"text: expected at least one document with text, found none in {names}")
+        raise ValueError(
+            f"text: expected at least one document with text, found none in {names}{bad.first()}"
+        )
     return size
 
 
-def text_digest(text: Text, held_out_text: Text | None = None) -> str:
+def text_digest(
+    text: Text, held_out_text: Text | None = None, *, key: str = "text", on_bad: str = "stop"
+) -> str:
     """The SHA-256 of the text, hexadecimal, as `DataInfo.sha256` keeps it.
 
-    Of a tokenized corpus that of its index and of the ends of its tokens.
+    Of a tokenized corpus that of its index and of the ends of its tokens. `key` is that of the text
+    in a record, `on_bad` what happens to records that cannot be read, "stop" or "skip".
     """
     if text.corpus:
         return corpus_fingerprint(text.corpus)
     digest = hashlib.sha256()
     for part in (text, held_out_text):
-        for piece in text_pieces(part) if part else ():
+        for piece in text_pieces(part, key=key, bad=BadRecords(on_bad)) if part else ():
             digest.update(piece.text)
     return digest.hexdigest()
 

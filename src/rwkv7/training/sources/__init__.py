@@ -4,7 +4,15 @@ turn."""
 from .choice import make_source
 from .conversations import PackedConversations
 from .documents import DocumentWindows
+from .order import make_order
 from .packed import PackedWindows
 from .windows import Windows
 
-__all__ = ["DocumentWindows", "PackedConversations", "PackedWindows", "Windows", "make_source"]
+__all__ = [
+    "DocumentWindows",
+    "PackedConversations",
+    "PackedWindows",
+    "Windows",
+    "make_order",
+    "make_source",
+]

@@ -47,6 +47,8 @@ def open_base(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[RWK
 
     Raises what `rwkv7.weights.load_model` raises.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"from: there is no file or folder {path}")
     model = load_model(path, device=device)
     name = str(model.dtype).removeprefix("torch.")
     base = Base(path=str(path.resolve()), weights=fingerprint(model), dtype=name)

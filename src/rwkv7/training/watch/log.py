@@ -63,11 +63,16 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        # All lines are written, but for one that a full disk refused, of which `_write` told.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()  # who follows the file sees each step
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()  # who follows the file sees each step
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def _write_text(file: Path, text: str) -> None:

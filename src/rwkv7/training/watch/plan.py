@@ -1,73 +1,90 @@
 """What a run would take, told before it begins: parameters, memory, tokens and time.
 
 Nothing is written. Memory and time come from steps on random tokens, made with the run's own model
-on its own device; where the model alone does not fit there, they stay unknown.
+on its own device: of the run's own size, or, where these do not fit or take long, by a small one's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
+from rwkv7.benchmark.clock import peak_mib
 from rwkv7.training.batch import Batch
+from rwkv7.training.data import BadRecords
 from rwkv7.training.optim import make_optimizer
 from rwkv7.training.settings import TrainSettings
 from rwkv7.training.step import step_gradients
 from rwkv7.training.tuning import Tuning
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "free_memory", "make_plan"]
 
 TIMED = 2  # steps, after the first, which is slower
+PROBE = 128  # tokens of the first, small steps
+PATIENCE = 30.0  # seconds; a step that would take longer is not tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A run in figures; sizes in bytes. None: not known."""
+    """A run in figures; sizes in bytes. None: not known.
+
+    Gradients are as large as what is trained, moments twice that, in fp32. A `packed` step holds at
+    most so many tokens. `free` is the memory that can be had.
+    """
 
     parameters: int
     trained: int
     weights: int
-    gradients: int
-    moments: int
     activations: int | None
     steps: int
     tokens_per_step: int
     text_tokens: int | None
     seconds_per_step: float | None
+    packed: bool = False
+    free: int | None = None
+    bad_records: int = 0
 
     def lines(self) -> list[str]:
         """The figures in words, a line each."""
-        total = self.steps * self.tokens_per_step
-        parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments}
-        known = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-        if self.activations is None:
-            memory = f"at least {_bytes(sum(parts.values()))} ({known}, activations not known)"
-        else:
-            whole = _bytes(sum(parts.values()) + self.activations)
-            memory = f"about {whole} ({known}, activations {_bytes(self.activations)})"
-        text = "not known before it is read"
-        if self.text_tokens:
-            text = f"about {self.text_tokens:,}, read {total / self.text_tokens:.2f} times"
-        seconds = self.seconds_per_step
-        spent = "not known: the model does not fit into the memory that is free"
-        if seconds is not None:
-            speed = self.tokens_per_step / seconds
-            spent = (
-                f"about {_clock(seconds * self.steps)} ({speed:,.0f} tokens/s), evaluation apart"
-            )
+        most = "at most " * self.packed
         return [
             f"parameters   {self.parameters:,}, of which {self.trained:,} are trained",
-            f"memory       {memory}",
-            f"tokens       {total:,} in {self.steps:,} steps of {self.tokens_per_step:,}",
-            f"text         {text}",
-            f"time         {spent}",
+            f"memory       {self._memory()}",
+            f"tokens       {most}{self.steps * self.tokens_per_step:,} in {self.steps:,} steps of "
+            f"{self.tokens_per_step:,}",
+            f"text         {self._text()}",
+            f"time         {self._time()}",
+            *([BadRecords.in_words(self.bad_records)] if self.bad_records else []),
         ]
+
+    def _memory(self) -> str:
+        gradients = 4 * self.trained
+        parts = {"weights": self.weights, "gradients": gradients, "moments": 2 * gradients}
+        known = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+        if self.activations is None:
+            return f"at least {_bytes(sum(parts.values()))} ({known}, activations not known)"
+        whole = _bytes(sum(parts.values()) + self.activations)
+        return f"about {whole} ({known}, activations {_bytes(self.activations)})"
+
+    def _text(self) -> str:
+        if not self.text_tokens:
+            return "not known before it is read"
+        times = self.steps * self.tokens_per_step / self.text_tokens
+        return f"about {self.text_tokens:,} tokens to train on, read {times:.2f} times"
+
+    def _time(self) -> str:
+        seconds = self.seconds_per_step
+        if seconds is None:
+            free = "" if self.free is None else f" ({_bytes(self.free)})"
+            return f"not known: this does not fit into the memory that is free{free}"
+        speed = self.tokens_per_step / seconds
+        return f"about {_clock(seconds * self.steps)} ({speed:,.0f} tokens/s), evaluation apart"
 
 
 def make_plan(
@@ -86,92 +103,116 @@ def make_plan(
         device: where it is made.
         text_tokens: to train on, or None.
     """
-    tokens = settings.batch * (settings.sequence or settings.window)
     least = 4 * config_parameters * (4 if settings.tune == "full" else 1)
-    free = _free_memory(device)
+    free = free_memory(device)
+    plan = Plan(
+        parameters=config_parameters,
+        trained=config_parameters if settings.tune == "full" else 0,
+        weights=4 * config_parameters,
+        activations=None,
+        seconds_per_step=None,
+        steps=settings.steps,
+        tokens_per_step=settings.batch * _row(settings),
+        text_tokens=text_tokens,
+        packed=settings.chat,
+        free=free,
+    )
     if free is not None and free < least:
-        trained = config_parameters if settings.tune == "full" else 0
-        return Plan(
-            parameters=config_parameters,
-            trained=trained,
-            weights=4 * config_parameters,
-            gradients=4 * trained,
-            moments=8 * trained,
-            activations=None,
-            seconds_per_step=None,
-            steps=settings.steps,
-            tokens_per_step=tokens,
-            text_tokens=text_tokens,
-        )
+        return plan
     tuning = make()
+    tuning.model.checkpoint_layers = settings.checkpoint_layers
     every = {id(x): x for m in (tuning.model, tuning.trained) for x in m.parameters()}
-    trained_tensors = [x for x in tuning.trained.parameters() if x.requires_grad]
-    size = sum(x.nbytes for x in trained_tensors)
+    trained = [x for x in tuning.trained.parameters() if x.requires_grad]
+    plan = replace(
+        plan,
+        parameters=sum(x.numel() for x in every.values()),
+        trained=sum(x.numel() for x in trained),
+        weights=sum(x.nbytes for x in every.values()),
+    )
     try:
         activations, seconds = _measured(tuning, settings, device)
     except torch.OutOfMemoryError:
-        activations, seconds = None, None
-    return Plan(
-        parameters=sum(x.numel() for x in every.values()),
-        trained=sum(x.numel() for x in trained_tensors),
-        weights=sum(x.nbytes for x in every.values()),
-        gradients=size,
-        moments=2 * size,
-        activations=activations,
-        seconds_per_step=seconds,
-        steps=settings.steps,
-        tokens_per_step=tokens,
-        text_tokens=text_tokens,
-    )
+        return plan
+    return replace(plan, activations=activations, seconds_per_step=seconds)
 
 
-def _measured(tuning: Tuning, settings: TrainSettings, device: torch.device) -> tuple[int, float]:
-    """Bytes kept for the backward pass of a step, and the seconds of a later one."""
+def _row(settings: TrainSettings) -> int:
+    return settings.sequence or settings.window
+
+
+def _measured(
+    tuning: Tuning, settings: TrainSettings, device: torch.device
+) -> tuple[int | None, float | None]:
+    """The bytes of a step beyond weights, gradients and moments, and its seconds.
+
+    A few tokens tell first whether whole steps fit, and are not too slow to be tried.
+    """
     optimizer = make_optimizer(tuning.trained, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch, (settings.sequence or settings.window) + 1)
-    vocab_size = tuning.model.config.vocab_size
-    ids = torch.randint(vocab_size, shape, generator=generator)
-    batch = Batch(inputs=ids[:, :-1], targets=ids[:, 1:]).to(device)
+    row, tokens = _row(settings), settings.batch * _row(settings)
+    tried = min(row, PROBE)
+    probe = replace(settings, batch=1, accumulate=1)
+    small, quick = _steps(tuning, probe, _batch(tuning, 1, tried, device), optimizer)
+    at_once = -(-settings.batch // settings.accumulate) * (
+        row if settings.carry == "off" else min(row, settings.window)
+    )
+    told = None if small is None else round(small * max(1, at_once / tried))
+    seconds = quick * tokens / tried
+    free = free_memory(device)
+    if told is not None and free is not None and told > free:
+        return told, None
+    if seconds > PATIENCE:
+        return told, seconds
+    return _steps(tuning, settings, _batch(tuning, settings.batch, row, device), optimizer)
+
+
+def _batch(tuning: Tuning, rows: int, tokens: int, device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (rows, tokens + 1)
+    ids = torch.randint(tuning.model.config.vocab_size, shape, generator=generator)
+    return Batch(inputs=ids[:, :-1], targets=ids[:, 1:]).to(device)
+
+
+def _steps(
+    tuning: Tuning, settings: TrainSettings, batch: Batch, optimizer: torch.optim.Optimizer
+) -> tuple[int | None, float]:
+    """Bytes beyond weights, gradients and moments at the peak of a step, and its seconds."""
+    device = batch.inputs.device
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         step_gradients(tuning, batch, settings)
         optimizer.step()
 
-    with _kept_bytes(tuning.model) as kept:
-        step()
+    step()  # the first is slower, and makes the moments
     started = time.perf_counter()
     for _ in range(TIMED):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return kept(), (time.perf_counter() - started) / TIMED
+    seconds = (time.perf_counter() - started) / TIMED
+    optimizer.zero_grad(set_to_none=True)
+    peak = peak_mib(lambda: step_gradients(tuning, batch, settings), device)
+    size = sum(x.nbytes for x in tuning.trained.parameters() if x.requires_grad)
+    return None if peak is None else max(0, round(peak * 2**20) - size), seconds
 
 
-@contextmanager
-def _kept_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Inside, the memory of all that autograd keeps is counted, once each, without parameters."""
-    own = {x.untyped_storage().data_ptr() for x in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        yield lambda: sum(kept.values())
-
-
-def _free_memory(device: torch.device) -> int | None:
-    """The bytes that can be had on the device, or None."""
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that can be had on the device, in a container no more than it may use, or None."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    if device.type != "cpu":
+        return None
+    found = []
+    with contextlib.suppress(OSError, ValueError):  # Linux: pages of files can be had, too
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")]
+    if not found and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        found.append(limit - int((group / "memory.current").read_text()))
+    return min(found, default=None)
 
 
 def _bytes(size: float) -> str:
