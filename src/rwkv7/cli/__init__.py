@@ -16,10 +16,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import click
 import torch
 import typer
 
-__all__ = ["main", "printable"]
+__all__ = ["first_process", "main", "printable"]
 
 # Each verb's file and function bear its name; a verb whose file is missing is not listed.
 _VERBS = {
@@ -37,6 +38,7 @@ _VERBS = {
 }
 
 USER_MISTAKES = (ValueError, TypeError, OSError, torch.OutOfMemoryError)
+MISTAKE = 2
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 PIPE_CLOSED = 141  # and for one whose reader went away
 
@@ -48,7 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on stderr; 130 stopped by Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _app(given)(args=given, prog_name="rwkv7")
+    app = _app(given)
+    if first_process():
+        app(args=given, prog_name="rwkv7")
+    try:
+        code = app(args=given, prog_name="rwkv7", standalone_mode=False)
+    except click.ClickException as error:  # which the first process tells of
+        code = error.exit_code
+    sys.exit(code)
+
+
+def first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
@@ -126,7 +140,7 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
             if developer():
                 raise
             print(f"error: {_one_line(error)}", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise typer.Exit(MISTAKE) from None
 
     return _guarded
 

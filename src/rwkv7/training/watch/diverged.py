@@ -39,7 +39,11 @@ def first_not_finite(
         return seen.outputs[0]
     if loss is not None and not _finite(loss):
         return "the loss, of outputs that are all finite"
-    return seen.gradients[0] if seen.gradients else None
+    if seen.gradients:
+        return seen.gradients[0]
+    # Of a model that cards share, gradients come without a hook's being told.
+    wrong = [n for n, x in trained.named_parameters() if x.grad is not None and not _finite(x.grad)]
+    return _gradient_of(wrong[-1]) if wrong else None
 
 
 @dataclass(slots=True)
@@ -68,9 +72,13 @@ class _Seen:
     def _on_gradient(self, name: str) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
             if not self.gradients and not _finite(gradient):
-                self.gradients.append(f"the gradient of {name} (backward pass, outputs finite)")
+                self.gradients.append(_gradient_of(name))
 
         return look
+
+
+def _gradient_of(name: str) -> str:
+    return f"the gradient of {name} (backward pass, outputs finite)"
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -82,4 +90,6 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(torch.isfinite(x.detach()).all())
+    # What cards share is looked at as a whole, so that all of them find the same.
+    whole = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return not x.is_floating_point() or bool(torch.isfinite(whole.detach()).all())
