@@ -13,14 +13,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import torch
 import typer
 
-__all__ = ["first_process", "main", "printable"]
+__all__ = ["first_process", "leave_quietly", "main", "printable"]
 
 # Each verb's file and function bear its name; a verb whose file is missing is not listed.
 _VERBS = {
@@ -40,6 +40,7 @@ _VERBS = {
 USER_MISTAKES = (ValueError, TypeError, OSError, torch.OutOfMemoryError)
 MISTAKE = 2
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
+GRACE = 10.0  # seconds that the first process has to tell of a mistake
 PIPE_CLOSED = 141  # and for one whose reader went away
 
 
@@ -55,8 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=given, prog_name="rwkv7")
     try:
         code = app(args=given, prog_name="rwkv7", standalone_mode=False)
-    except click.ClickException as error:  # which the first process tells of
-        code = error.exit_code
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        leave_quietly(code)  # a mistake in the call
+    sys.exit(code)
+
+
+def leave_quietly(code: int) -> NoReturn:
+    """Exits after the first process, which has told why. torchrun ends the others as soon as one
+    has failed, so that one without a word must not be the first to go."""
+    time.sleep(GRACE)
     sys.exit(code)
 
 

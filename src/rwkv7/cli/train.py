@@ -32,7 +32,7 @@ from rwkv7.training import (
 )
 from rwkv7.training.processes import LostProcessError, OtherProcessError, joined, launched
 
-from . import MISTAKE, STOPPED, first_process
+from . import MISTAKE, STOPPED, first_process, leave_quietly
 
 __all__ = ["train"]
 
@@ -91,15 +91,16 @@ def _train_among_others(call: _Call, given: dict[str, Any]) -> None:
             device = _device_among_others(call, given, stack)
             result = _run(replace(call, device=str(device)), given, report)
     except OtherProcessError:
-        raise typer.Exit(1) from None
+        leave_quietly(1)
     except (TrainingDivergedError, LostProcessError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
+        if not first:
+            leave_quietly(1)
+        print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if first:
             raise
-        raise typer.Exit(STOPPED) from None
+        leave_quietly(STOPPED)
     if first:
         _tell(result, call.out)
 
@@ -114,7 +115,7 @@ def _device_among_others(
     except ValueError:  # every process finds the same
         if first_process():
             raise
-        raise typer.Exit(MISTAKE) from None
+        leave_quietly(MISTAKE)
 
 
 def _plan(call: _Call, given: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from .sources import make_source
 from .step import precision
 from .team import Team
 from .tuning import Tuning
-from .watch.diverged import first_not_finite
+from .watch.diverged import earliest, first_not_finite
 from .watch.log import NoLog, RunLog, StepRecord, plot_loss
 from .watch.report import Report
 from .watch.samples import write_sample, write_samples
@@ -159,11 +159,9 @@ class Run:
             return self.team.own_gradients(batch)
 
         found = self.crew.gather(first_not_finite(self.model, self.tuning.trained, again))
-        first = next((where for where in found if where), None)
+        first = earliest(found)
         if first is None and isinstance(what, ValueError):
             raise what
-        if first and self.crew.size > 1:
-            first += f", in process {found.index(first)} of {self.crew.size}"
         first = first or "nothing when the step was run again, a fault that comes and goes"
         return (
             f"stopped at step {self.step + 1}: {what}. First not finite: {first}. The batch: "

@@ -125,12 +125,12 @@ class Team:
             return loss
 
     def own_gradients(self, batch: Batch) -> Tensor:
-        """As `gradients`, of this process's part of the loss, as far as they can be told apart."""
+        """As `gradients`, of this process's part of the loss; shared gradients stay the sum."""
         if self.crew.size == 1:
             return self.gradients(batch)
         with unchecked(), lost_processes():
             if self._cards is not None and self.sharded:
-                return self._cards.backward(self._parts(batch), _count(batch))
+                return self._cards.own_backward(self._parts(batch), _count(batch))
             return self._own_gradients(batch)
 
     def clip_(self) -> Tensor:

@@ -111,6 +111,12 @@ class Cards:
         Returns:
             the mean loss over all ranks, a scalar without gradient.
         """
+        total = self.own_backward(parts, predicted)
+        dist.all_reduce(total, group=self._group)
+        return total
+
+    def own_backward(self, parts: Sequence[Batch], predicted: int) -> Tensor:
+        """As `backward`, but the loss is this rank's part, of which the whole is the sum."""
         if not parts:
             raise ValueError("parts: expected at least one batch, found none")
         total = None
@@ -124,7 +130,6 @@ class Cards:
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        dist.all_reduce(total, group=self._group)
         return total / self.size
 
     def clip_(self, largest: float) -> Tensor:
