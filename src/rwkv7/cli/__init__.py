@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def leave_quietly(code: int) -> NoReturn:
     """Exits after the first process, which has told why. torchrun ends the others as soon as one
     has failed, so that one without a word must not be the first to go."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(GRACE)
     sys.exit(code)
 

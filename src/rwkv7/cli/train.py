@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from rwkv7.training.processes import LostProcessError, OtherProcessError, joined
 from . import MISTAKE, STOPPED, first_process, leave_quietly
 
 __all__ = ["train"]
+
+LAST_WORDS = 3.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,7 @@ def _train_among_others(call: _Call, given: dict[str, Any]) -> None:
             _plan(call, given)
         return
     report = console_report(Console()) if first else Report()
+    _take_time_to_tell()
     try:
         with contextlib.ExitStack() as stack:
             device = _device_among_others(call, given, stack)
@@ -103,6 +107,17 @@ def _train_among_others(call: _Call, given: dict[str, Any]) -> None:
         leave_quietly(STOPPED)
     if first:
         _tell(result, call.out)
+
+
+def _take_time_to_tell() -> None:
+    """From now on SIGTERM ends this process in seconds, not at once: torchrun sends it as soon as
+    another process has failed, which may be before this one has told of it."""
+
+    def note(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, LAST_WORDS)
+
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, note)
 
 
 def _device_among_others(
