@@ -31,7 +31,7 @@ from rwkv7.training import (
     train_model,
     tune_model,
 )
-from rwkv7.training.processes import LostProcessError, OtherProcessError, joined, launched
+from rwkv7.training.together.processes import LostProcessError, OtherProcessError, joined, launched
 
 from . import MISTAKE, STOPPED, first_process, leave_quietly
 

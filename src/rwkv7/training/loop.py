@@ -3,7 +3,7 @@
 What a step computes depends on the settings, the text and the number of the step alone, so a run
 that was interrupted, or killed and resumed, ends with the same weights, bit for bit on the CPU. A
 state that is carried never leaves its step, which reads whole sequences: there is none to save. How
-a run begins or is taken up again is in runs.py, how several processes make a step in team.py.
+a run begins or is taken up again is in runs.py, how several processes make a step in together/.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .data import ChatData, TokenData
 from .evaluate import Evaluation, evaluate, evaluate_answers
 from .interrupt import interruptible
 from .optim import learning_rate, set_learning_rate
-from .processes import OtherProcessError
 from .settings import TrainSettings
 from .sources import make_source
 from .step import precision
-from .team import Team
+from .together.processes import OtherProcessError
+from .together.team import Team
 from .tuning import Tuning
 from .watch.diverged import earliest, first_not_finite
 from .watch.log import NoLog, RunLog, StepRecord, plot_loss

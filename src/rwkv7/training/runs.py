@@ -45,9 +45,9 @@ from .data import (
 from .lock import run_lock
 from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
-from .processes import Crew
 from .settings import TrainSettings, resumed_settings, tuning_settings
-from .team import Team, check_team, join_checkpoint, weights_place
+from .together.processes import Crew
+from .together.team import Team, check_team, join_checkpoint, weights_place
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 from .watch.plan import Plan, make_plan
 from .watch.report import Report, ReportToAll

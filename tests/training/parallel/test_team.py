@@ -19,8 +19,8 @@ from rwkv7 import ModelConfig, save_model
 from rwkv7.nn.model import Block
 from rwkv7.training import TrainSettings, resume_training, train_model, tune_model
 from rwkv7.training.lock import run_lock
-from rwkv7.training.processes import Crew
-from rwkv7.training.team import check_team
+from rwkv7.training.together.processes import Crew
+from rwkv7.training.together.team import check_team
 from rwkv7.training.watch.log import StepRecord, read_log
 from rwkv7.training.watch.report import Report
 

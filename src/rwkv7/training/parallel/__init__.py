@@ -1,6 +1,6 @@
 """Training on several cards, one process each: many rows at once, or one sequence in pieces."""
 
-from rwkv7.training.processes import joined, launched
+from rwkv7.training.together.processes import joined, launched
 
 from .cards import Cards, parallelise
 from .context import ContextParallel

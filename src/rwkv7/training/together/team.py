@@ -17,19 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from rwkv7.training.batch import Batch
+from rwkv7.training.checkpoint import save_checkpoint
+from rwkv7.training.loss import predicted
+from rwkv7.training.optim import make_optimizer
+from rwkv7.training.settings import TrainSettings
+from rwkv7.training.step import step_gradients
+from rwkv7.training.tuning import Tuning
 from rwkv7.wkv7 import unchecked
 
-from .batch import Batch
-from .checkpoint import save_checkpoint
-from .loss import predicted
-from .optim import make_optimizer
 from .processes import Crew, lost_processes
-from .settings import TrainSettings
-from .step import step_gradients
-from .tuning import Tuning
 
 if TYPE_CHECKING:
-    from .parallel import Cards
+    from rwkv7.training.parallel import Cards
 
 __all__ = ["Team", "check_team", "join_checkpoint", "weights_place"]
 
@@ -68,7 +68,7 @@ def weights_place(parallel: str, size: int, device: torch.device) -> torch.devic
 def join_checkpoint(out: Path) -> None:
     """Makes the run's newest checkpoint an ordinary one, should it be in parts (`join_newest`)."""
     if any((out / "checkpoints").glob("sharded-*")):
-        from .parallel import join_newest
+        from rwkv7.training.parallel import join_newest
 
         join_newest(out)
 
@@ -117,7 +117,7 @@ class Team:
         with unchecked(), lost_processes():
             if self._cards is not None:
                 return self._cards.backward(self._parts(batch), _count(batch))
-            from .parallel import sum_gradients
+            from rwkv7.training.parallel import sum_gradients
 
             loss = self._own_gradients(batch)
             sum_gradients(self._tuning.trained.parameters())
@@ -155,7 +155,7 @@ class Team:
                 lambda: save_checkpoint(out, self._tuning, self.optimizer, self._settings, step)
             )
             return
-        from .parallel import save_shards
+        from rwkv7.training.parallel import save_shards
 
         with lost_processes():
             save_shards(
@@ -173,7 +173,7 @@ class Team:
             self.crew.on_first(lambda: join_checkpoint(out))
 
     def _spread(self) -> Cards:
-        from .parallel import parallelise, share_moments  # loading it takes seconds
+        from rwkv7.training.parallel import parallelise, share_moments  # loading it takes seconds
 
         model = self._tuning.model
         bf16 = torch.bfloat16 if self._settings.dtype == "bf16" else None
@@ -186,14 +186,14 @@ class Team:
         return cards
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        from .parallel import share
+        from rwkv7.training.parallel import share
 
         mine = share(batch, self.crew.rank, self.crew.size)
         count = min(self._settings.accumulate, self._settings.batch // self.crew.size)
         return [share(mine, part, count).to(self.device) for part in range(count)]
 
     def _own_gradients(self, batch: Batch) -> Tensor:
-        from .parallel import share
+        from rwkv7.training.parallel import share
 
         mine = share(batch, self.crew.rank, self.crew.size)
         rows, size = self._settings.batch, self.crew.size
