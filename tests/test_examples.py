@@ -79,6 +79,11 @@ def test_classify_series(capsys):
     assert difference < 1e-3
 
 
+def test_context_parallel(capsys):
+    state, gradient = differences(run("context_parallel", capsys))
+    assert state < 1e-5 and gradient < 1e-4
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_is_a_script_that_says_what_it_shows(path):
     text = path.read_text(encoding="utf-8")

@@ -12,14 +12,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 
-__all__ = ["main", "printable"]
+__all__ = ["first_process", "leave_quietly", "main", "printable"]
 
 # Each verb's file and function bear its name; a verb whose file is missing is not listed.
 _VERBS = {
@@ -37,7 +39,9 @@ _VERBS = {
 }
 
 USER_MISTAKES = (ValueError, TypeError, OSError, torch.OutOfMemoryError)
+MISTAKE = 2
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
+GRACE = 10.0  # seconds that the first process has to tell of a mistake
 PIPE_CLOSED = 141  # and for one whose reader went away
 
 
@@ -48,7 +52,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on stderr; 130 stopped by Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _app(given)(args=given, prog_name="rwkv7")
+    app = _app(given)
+    if first_process():
+        app(args=given, prog_name="rwkv7")
+    try:
+        code = app(args=given, prog_name="rwkv7", standalone_mode=False)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        leave_quietly(code)  # a mistake in the call
+    sys.exit(code)
+
+
+def leave_quietly(code: int) -> NoReturn:
+    """Exits after the first process, which has told why. torchrun ends the others as soon as one
+    has failed, so that one without a word must not be the first to go."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE)
+    sys.exit(code)
+
+
+def first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
@@ -126,7 +153,7 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
             if developer():
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
-            raise typer.Exit(2) from None
+            raise typer.Exit(MISTAKE) from None
 
     return _guarded
 

@@ -6,14 +6,17 @@ command line are passed on; on --resume the others are what the run was begun wi
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import signal
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -29,8 +32,13 @@ from rwkv7.training import (
     tune_model,
 )
 from rwkv7.training.data import BadRecords
+from rwkv7.training.together.processes import LostProcessError, OtherProcessError, joined, launched
+
+from . import MISTAKE, STOPPED, first_process, leave_quietly
 
 __all__ = ["train"]
+
+LAST_WORDS = 3.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +61,16 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
     Files are read as bytes, UTF-8 or not; in folders hidden and binary files are left out. The end
     of the text is held out and never trained on. With --from a model that exists is trained on, all
     of it or what --tune names. Ctrl-C finishes the step and saves; go on with --resume, for which
-    OUT is enough.
+    OUT is enough. On several cards: torchrun --nproc-per-node 2 -m rwkv7 train …
     """
+    if launched():
+        _train_among_others(call, given)
+        return
+    if "parallel" in given:
+        raise ValueError(
+            "parallel: is for several processes; start them with "
+            "torchrun --nproc-per-node 2 -m rwkv7 train …"
+        )
     if call.dry_run:
         _plan(call, given)
         return
@@ -64,6 +80,58 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     _tell(result, call.out)
+
+
+def _train_among_others(call: _Call, given: dict[str, Any]) -> None:
+    """As one of the processes that torchrun started. What all of them know, the first one tells."""
+    first = first_process()
+    if call.dry_run:
+        if first:
+            _plan(call, given)
+        return
+    report = console_report(Console()) if first else Report()
+    _take_time_to_tell()
+    try:
+        with contextlib.ExitStack() as stack:
+            device = _device_among_others(call, given, stack)
+            result = _run(replace(call, device=str(device)), given, report)
+    except OtherProcessError:
+        leave_quietly(1)
+    except (TrainingDivergedError, LostProcessError) as error:
+        if not first:
+            leave_quietly(1)
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if first:
+            raise
+        leave_quietly(STOPPED)
+    if first:
+        _tell(result, call.out)
+
+
+def _take_time_to_tell() -> None:
+    """From now on SIGTERM ends this process in seconds, not at once: torchrun sends it as soon as
+    another process has failed, which may be before this one has told of it."""
+
+    def note(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, LAST_WORDS)
+
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, note)
+
+
+def _device_among_others(
+    call: _Call, given: dict[str, Any], stack: contextlib.ExitStack
+) -> torch.device:
+    try:
+        if not (call.resume or call.base):
+            TrainSettings(**given)
+        return stack.enter_context(joined(call.device))
+    except ValueError:  # every process finds the same
+        if first_process():
+            raise
+        leave_quietly(MISTAKE)
 
 
 def _plan(call: _Call, given: dict[str, Any]) -> None:

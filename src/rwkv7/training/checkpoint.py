@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from .optim import make_optimizer
 from .settings import TrainSettings
 from .tuning import Base, Tuning, make_tuning, reopen_base, weights_dtype
 
-__all__ = ["Checkpoint", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "in_order", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 KEPT = 2  # the newest, and one before it should the newest be damaged
@@ -57,11 +58,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
     step: int,
+    written_by: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the checkpoint of `step` steps done and removes all but the newest two.
 
     It is written under another name, flushed to the disk and renamed, so that a kill or a full disk
-    at any moment leaves the earlier ones whole. Returns its folder; raises OSError when it cannot
+    at any moment leaves the earlier ones whole. `written_by` says which `machine` made the steps,
+    when it was another one than this. Returns its folder; raises OSError when it cannot
     be written.
     """
     folder = run / "checkpoints"
@@ -81,7 +84,7 @@ def save_checkpoint(
             "step": step,
             "tokenizer": settings.tokenizer,
             "settings": settings.to_dict(),
-            "machine": machine(tuning.model),
+            "machine": written_by or machine(tuning.model),
             "base": tuning.base and tuning.base.to_dict(),
             "bytes": sizes,
         }
@@ -152,10 +155,10 @@ def load_checkpoint(
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     begun = bool(moments)  # there are none before the first step, and then all of them
     states: dict[int, dict[str, Tensor]] = {}
-    for index, (name, parameter) in enumerate(_in_order(optimizer)):
+    for index, (name, parameter) in enumerate(in_order(optimizer)):
         if begun:
             states[index] = _moments_of(name, parameter, moments, path)
-    known = {f"{name}.{moment}" for name, _ in _in_order(optimizer) for moment in MOMENTS}
+    known = {f"{name}.{moment}" for name, _ in in_order(optimizer) for moment in MOMENTS}
     if unknown := sorted(moments.keys() - known):
         raise ValueError(f"{path}: unknown tensors {', '.join(unknown[:3])}")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
@@ -183,19 +186,24 @@ def machine(model: RWKV7) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": model.emb.weight.device.type,
         "threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if _grouped() else 1,
     }
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment].contiguous()
-        for name, parameter in _in_order(optimizer)
+        for name, parameter in in_order(optimizer)
         if parameter in optimizer.state
         for moment in MOMENTS
     }
 
 
-def _in_order(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+def in_order(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """Names and parameters in the order in which the optimizer numbers them."""
     return [
         pair

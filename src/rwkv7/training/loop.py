@@ -3,7 +3,7 @@
 What a step computes depends on the settings, the text and the number of the step alone, so a run
 that was interrupted, or killed and resumed, ends with the same weights, bit for bit on the CPU. A
 state that is carried never leaves its step, which reads whole sequences: there is none to save. How
-a run begins or is taken up again is in runs.py.
+a run begins or is taken up again is in runs.py, how several processes make a step in together/.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from rwkv7.tokenizer import get_tokenizer
 
 from .batch import Batch
-from .checkpoint import newest_checkpoint, save_checkpoint
+from .checkpoint import newest_checkpoint
 from .data import ChatData, TokenData
 from .evaluate import Evaluation, evaluate, evaluate_answers
 from .interrupt import interruptible
 from .optim import learning_rate, set_learning_rate
 from .settings import TrainSettings
 from .sources import make_source
-from .step import precision, step_gradients
+from .step import precision
+from .together.processes import OtherProcessError
+from .together.team import Team
 from .tuning import Tuning
-from .watch.diverged import first_not_finite
-from .watch.log import RunLog, StepRecord, plot_loss
+from .watch.diverged import earliest, first_not_finite
+from .watch.log import NoLog, RunLog, StepRecord, plot_loss
 from .watch.report import Report
 from .watch.samples import write_sample, write_samples
 from .watch.speed import Utilisation
@@ -69,23 +70,25 @@ class Run:
         settings: TrainSettings,
         data: TokenData | ChatData,
         tuning: Tuning,
-        optimizer: torch.optim.Optimizer,
+        team: Team,
         step: int = 0,
     ) -> None:
         self.out, self.settings, self.data = out, settings, data
-        self.tuning, self.model, self.optimizer = tuning, tuning.model, optimizer
+        self.tuning, self.model = tuning, tuning.model
+        self.team, self.crew, self.optimizer = team, team.crew, team.optimizer
         self.step = self.saved = step
         self.tokenizer = get_tokenizer(settings.tokenizer)
         self.source = make_source(data, settings)
         self.model.checkpoint_layers = settings.checkpoint_layers
-        self.device = self.model.device
+        self.device = team.device
         products = torch.bfloat16 if settings.dtype == "bf16" else self.model.dtype
         self.utilisation = Utilisation(self.model, products)
         self.bits_of_a_nat = data.info.train_tokens / data.info.train_bytes / math.log(2)
 
     def go_on(self, report: Report, on_step: OnStep | None) -> TrainResult:
         """Trains to the last step or until asked to stop, saves, and reads the held-out text."""
-        log = RunLog(self.out / "log.jsonl", self.step)
+        path = self.out / "log.jsonl"
+        log = self.crew.on_first(lambda: RunLog(path, self.step)) or NoLog()
         report.begin(self.step, self.settings.steps)
         try:
             with interruptible() as interrupted:
@@ -95,7 +98,7 @@ class Run:
                     seconds, tokens = seconds + record.seconds, tokens + record.tokens
                     log.step(record)
                     report.step(record)
-                    stop = bool(on_step and on_step(record)) or interrupted()
+                    stop = self.crew.any(bool(on_step and on_step(record)) or interrupted())
                     last = self.step == self.settings.steps
                     if self.step % self.settings.eval_every == 0 and not (stop or last):
                         self._evaluate(log, report, self.settings.eval_tokens)
@@ -106,6 +109,7 @@ class Run:
                     if stop:
                         break
             report.end()
+            self.team.join(self.out)
             result = self._finish(log, report)
         except TrainingDivergedError:
             plot_loss(self.out / "log.jsonl", self.out / "loss.png")  # how it came to that
@@ -117,15 +121,17 @@ class Run:
 
     def _train_step(self) -> StepRecord:
         started, settings = time.perf_counter(), self.settings
-        batch = self.source.batch(self.step).to(self.device)
+        batch = self.source.batch(self.step)
         rate = learning_rate(settings, self.step)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            loss = step_gradients(self.tuning, batch, settings)
+            loss = self.team.gradients(batch)
         except ValueError as error:  # the operator refuses what is no number, where it looks
+            if self.crew.size > 1:
+                raise
             raise TrainingDivergedError(self._diagnosis(batch, error)) from error
-        norm = clip_grad_norm_(self.tuning.trained.parameters(), settings.clip)
+        norm = self.team.clip_()
         # What is not finite changes no weight: the optimizer's kernel sees to it on the device, so
         # that nobody waits for the answer here, and the step can be looked at again as it was.
         bad = ~(loss + norm).isfinite()
@@ -134,7 +140,8 @@ class Run:
         nats, size = torch.stack((loss, norm)).tolist()
         if not (math.isfinite(nats) and math.isfinite(size)):
             what = f"the loss is {nats} and the gradient's norm {size}"
-            raise TrainingDivergedError(self._diagnosis(batch, what))
+            message = self._diagnosis(batch, what)
+            raise TrainingDivergedError(message) if self.crew.first else OtherProcessError(message)
         self.step += 1
         seconds = time.perf_counter() - started
         return StepRecord(
@@ -145,7 +152,7 @@ class Run:
             grad_norm=size,
             tokens=batch.inputs.numel(),
             seconds=seconds,
-            mfu=self.utilisation.at(batch.inputs.numel() / seconds),
+            mfu=self.utilisation.at(batch.inputs.numel() / seconds / self.crew.size),
         )
 
     def _diagnosis(self, batch: Batch, what: str | ValueError) -> str:
@@ -154,9 +161,10 @@ class Run:
 
         def again() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)
-            return step_gradients(self.tuning, batch, self.settings)
+            return self.team.own_gradients(batch)
 
-        first = first_not_finite(self.model, self.tuning.trained, again)
+        found = self.crew.gather(first_not_finite(self.model, self.tuning.trained, again))
+        first = earliest(found)
         if first is None and isinstance(what, ValueError):
             raise what
         first = first or "nothing when the step was run again, a fault that comes and goes"
@@ -166,14 +174,15 @@ class Run:
             "kept. A new run with a lower learning rate or a smaller clip may get past this"
         )
 
-    def _finish(self, log: RunLog, report: Report) -> TrainResult:
+    def _finish(self, log: RunLog | NoLog, report: Report) -> TrainResult:
         finished, evaluation = self.step >= self.settings.steps, None
         if finished:
             # All is saved: Ctrl-C now only leaves out the last evaluation.
-            with contextlib.suppress(KeyboardInterrupt):
+            quietly = interruptible if self.crew.size > 1 else _until_interrupted
+            with quietly():
                 evaluation = self._evaluate(log, report, None)
-        plot_loss(self.out / "log.jsonl", self.out / "loss.png")
-        checkpoint = newest_checkpoint(self.out)
+        self.crew.on_first(self._plot)
+        checkpoint = self.crew.from_first(newest_checkpoint(self.out))
         assert checkpoint is not None
         return TrainResult(
             step=self.step,
@@ -184,15 +193,20 @@ class Run:
             bad_records=self.data.info.bad_records,
         )
 
-    def _evaluate(self, log: RunLog, report: Report, most: int | None) -> Evaluation | None:
+    def _evaluate(self, log: RunLog | NoLog, report: Report, most: int | None) -> Evaluation | None:
         if len(self.data.held_out) == 0:
             return None
-        with precision(self.settings, self.device):
-            result = self._read_held_out(most)
+        with precision(self.settings, self.device), self.team.reading() as reads:
+            found = self.crew.together(lambda: self._read_held_out(most) if reads else None)
+        result = self.crew.from_first(found)
+        assert result is not None
         log.evaluation(self.step, result)
         report.evaluation(self.step, result)
-        plot_loss(self.out / "log.jsonl", self.out / "loss.png")
+        self.crew.on_first(self._plot)
         return result
+
+    def _plot(self) -> None:
+        plot_loss(self.out / "log.jsonl", self.out / "loss.png")
 
     def _read_held_out(self, most: int | None) -> Evaluation:
         if isinstance(self.data, ChatData):
@@ -212,18 +226,30 @@ class Run:
     def _is_sampled(self) -> bool:
         return self.settings.sample_every > 0 and self.step % self.settings.sample_every == 0
 
-    def _sample(self, log: RunLog, report: Report) -> None:
-        with precision(self.settings, self.device):
-            text = write_sample(
-                self.model,
-                self.tokenizer,
-                self.settings.sample_prompt,
-                seed=self.settings.seed,
-                initial=self.tuning.initial,
-            )
-        write_samples(self.out / "samples.txt", log.sample(self.step, text))
+    def _sample(self, log: RunLog | NoLog, report: Report) -> None:
+        with precision(self.settings, self.device), self.team.reading() as reads:
+            text = self.crew.together(lambda: self._written() if reads else "")
+        lines = log.sample(self.step, text)
+        self.crew.on_first(lambda: write_samples(self.out / "samples.txt", lines))
         report.sample(self.step, text)
 
+    def _written(self) -> str:
+        return write_sample(
+            self.model,
+            self.tokenizer,
+            self.settings.sample_prompt,
+            seed=self.settings.seed,
+            initial=self.tuning.initial,
+            # Processes that read together stop together.
+            agreed=self.crew.from_first if self.team.sharded else None,
+        )
+
     def _save(self) -> None:
-        save_checkpoint(self.out, self.tuning, self.optimizer, self.settings, self.step)
+        self.team.save(self.out, self.step)
         self.saved = self.step
+
+
+@contextlib.contextmanager
+def _until_interrupted() -> Iterator[None]:
+    with contextlib.suppress(KeyboardInterrupt):
+        yield

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import AdamW
 
 from rwkv7.config import ModelConfig
 from rwkv7.files import check_destination
@@ -27,7 +28,6 @@ from .checkpoint import (
     load_checkpoint,
     machine,
     newest_checkpoint,
-    save_checkpoint,
 )
 from .data import (
     BadRecords,
@@ -49,6 +49,8 @@ from .loop import OnStep, Run, TrainResult
 from .optim import make_optimizer
 from .settings import TrainSettings, resumed_settings, tuning_settings
 from .sources import make_order
+from .together.processes import Crew
+from .together.team import Team, check_team, join_checkpoint, weights_place
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
 from .watch.plan import Plan, make_plan
 from .watch.report import Report, ReportToAll
@@ -90,9 +92,13 @@ def train_model(
         OSError: a file could not be written; earlier checkpoints are whole.
         TrainingDivergedError: NaN or infinity; the last good checkpoint stays.
     """
-    begin = _new_model(settings, choose_device(device), find_text(texts, exclude=out))
-    held_out_text = find_text([held_out_file]) if held_out_file else None
-    return begin.run(out, held_out_text, report or Report(), on_step, save)
+    crew = Crew()
+
+    def begin() -> _Beginning:
+        return _new_model(settings, choose_device(device), find_text(texts, exclude=out), crew.size)
+
+    begun = crew.together(begin)
+    return begun.run(crew, out, held_out_file, report, on_step, save)
 
 
 def tune_model(
@@ -123,9 +129,14 @@ def tune_model(
     Raises what `train_model` and `rwkv7.weights.load_model` raise; ValueError too for sizes that
     are not the model's.
     """
-    begin = _tuned_model(base, given, choose_device(device), find_text(texts, exclude=out))
-    held_out_text = find_text([held_out_file]) if held_out_file else None
-    return begin.run(out, held_out_text, report or Report(), on_step, save)
+    crew = Crew()
+
+    def begin() -> _Beginning:
+        text = find_text(texts, exclude=out)
+        return _tuned_model(base, given, choose_device(device), text, crew.size)
+
+    begun = crew.together(begin)
+    return begun.run(crew, out, held_out_file, report, on_step, save)
 
 
 def plan_training(
@@ -184,25 +195,36 @@ def resume_training(
     Raises what `train_model` raises; ValueError too when there is no checkpoint, when a change
     would make it another run, or when the text is not the same.
     """
-    device = choose_device(device)
-    report = report or Report()
+    crew = Crew()
+    own = crew.together(lambda: choose_device(device))
     nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
-    if not out.is_dir():
-        raise ValueError(nothing)
-    _check_save(save)
-    with run_lock(out):
+
+    def check() -> None:
+        if not out.is_dir():
+            raise ValueError(nothing)
+        _check_save(save)
+
+    def load() -> tuple[TrainSettings, TokenData | ChatData, Checkpoint, Tuning, AdamW]:
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
             raise ValueError(nothing)
         settings = resumed_settings(checkpoint.settings, changes or {})
+        check_team(settings, crew.size)
         data = (open_chat if settings.chat else open_data)(out / "data")
-        if texts:
+        if texts and crew.first:
             _check_same_text(data, texts, held_out_file, out, settings)
-        tuning, optimizer = load_checkpoint(checkpoint, device, base)
-        _note_differences(checkpoint, tuning.model, report)
-        run = Run(out, settings, data, tuning, optimizer, checkpoint.step)
-        report = _with_board(report, settings, out)
-        return _finish(run.go_on(report, on_step), tuning, out, save, report)
+        place = weights_place(settings.parallel, crew.size, own)
+        return settings, data, checkpoint, *load_checkpoint(checkpoint, place, base)
+
+    crew.on_first(check)
+    with _held(crew, lambda: run_lock(out)):
+        crew.on_first(lambda: join_checkpoint(out))
+        settings, data, checkpoint, tuning, optimizer = crew.together(load)
+        team = Team(crew, settings, own, tuning, optimizer)
+        heard = crew.together(lambda: _heard(crew, report, settings, out))
+        _note_differences(checkpoint, tuning.model, heard)
+        run = crew.together(lambda: Run(out, settings, data, tuning, team, checkpoint.step))
+        return _finish(run, heard, on_step, save)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,41 +232,58 @@ class _Beginning:
     """What a run begins with: `make` gives the model, which has so many parameters."""
 
     settings: TrainSettings
+    device: torch.device
     text: Text
     make: Callable[[], Tuning]
     parameters: int
 
     def run(
         self,
+        crew: Crew,
         out: Path,
-        held_out_text: Text | None,
-        report: Report,
+        held_out_file: Path | None,
+        report: Report | None,
         on_step: OnStep | None,
         save: Path | None,
     ) -> TrainResult:
         """Prepares the text, makes the model, and trains."""
         settings = self.settings
-        tokenizer = get_tokenizer(settings.tokenizer)
-        _check_save(save)
-        report = _with_board(report, settings, out)
-        with _new_run(out):
-            bad = BadRecords(settings.on_bad, report.note)
-            found = self.text, out / "data", tokenizer, settings.held_out, held_out_text
-            data: ChatData | TokenData
+
+        def check() -> Text | None:
+            _check_save(save)
+            return find_text([held_out_file]) if held_out_file else None
+
+        def prepare(held_out_text: Text | None) -> TokenData | ChatData:
+            tokenizer, folder = get_tokenizer(settings.tokenizer), out / "data"
+            bad = BadRecords(settings.on_bad, heard.note)
+            found = self.text, folder, tokenizer, settings.held_out, held_out_text
             if settings.chat:
-                data = prepare_chat(*found, bad=bad)
-            else:
-                data = prepare_data(*found, key=settings.key, bad=bad)
+                return prepare_chat(*found, bad=bad)
+            return prepare_data(*found, key=settings.key, bad=bad)
+
+        def make() -> tuple[TokenData | ChatData, Tuning, AdamW]:
+            data = prepared or (open_chat if settings.chat else open_data)(out / "data")
             tuning = self.make()
-            optimizer = make_optimizer(tuning.trained, settings)
-            run = Run(out, settings, data, tuning, optimizer)
+            return data, tuning, make_optimizer(tuning.trained, settings)
+
+        held_out_text = crew.on_first(check)
+        heard = crew.together(lambda: _heard(crew, report, settings, out))
+        with _held(crew, lambda: _new_run(out)):
+            prepared = crew.on_first(lambda: prepare(held_out_text))
+            data, tuning, optimizer = crew.together(make)
+            team = Team(crew, settings, self.device, tuning, optimizer)
+            run = crew.together(lambda: Run(out, settings, data, tuning, team))
             # A checkpoint of no steps shows a full disk at once, and a kill always finds one.
-            save_checkpoint(out, tuning, optimizer, settings, 0)
-            return _finish(run.go_on(report, on_step), tuning, out, save, report)
+            team.save(out, 0)
+            team.join(out)
+            return _finish(run, heard, on_step, save)
 
 
-def _new_model(settings: TrainSettings, device: torch.device, text: Text) -> _Beginning:
+def _new_model(
+    settings: TrainSettings, device: torch.device, text: Text, processes: int = 1
+) -> _Beginning:
     settings = _with_dtype(settings, device)
+    check_team(settings, processes)
     if settings.tune != "full":
         raise ValueError(
             f"tune: {settings.tune!r} is for a model that exists; say which with --from"
@@ -256,40 +295,69 @@ def _new_model(settings: TrainSettings, device: torch.device, text: Text) -> _Be
         head_size=settings.head_size,
     )
     empty = RWKV7(config, dtype=torch.float32, device="meta")
+    place = weights_place(settings.parallel, processes, device)
 
     def make() -> Tuning:
-        model = empty.to_empty(device=device)
+        model = empty.to_empty(device=place)
         initialise_(model, torch.Generator().manual_seed(settings.seed))
         return Tuning(model)
 
-    return _Beginning(settings, text, make, sum(x.numel() for x in empty.parameters()))
+    return _Beginning(settings, device, text, make, sum(x.numel() for x in empty.parameters()))
 
 
 def _tuned_model(
-    base: Path, given: Mapping[str, Any], device: torch.device, text: Text
+    base: Path, given: Mapping[str, Any], device: torch.device, text: Text, processes: int = 1
 ) -> _Beginning:
-    known = {name: given[name] for name in ("tune", "dtype") if name in given}
+    known = {name: given[name] for name in ("tune", "dtype", "parallel") if name in given}
     auto = _with_dtype(TrainSettings(**known), device)
-    model, origin = open_base(base, device, weights_dtype(auto))
+    place = weights_place(auto.parallel, processes, device)
+    model, origin = open_base(base, place, weights_dtype(auto))
     settings = _with_dtype(tuning_settings(given, model.config), device)
+    check_team(settings, processes)
     parameters = sum(x.numel() for x in model.parameters())
-    return _Beginning(settings, text, lambda: make_tuning(settings, model, origin), parameters)
+
+    def make() -> Tuning:
+        return make_tuning(settings, model, origin)
+
+    return _Beginning(settings, device, text, make, parameters)
 
 
-def _finish(
-    result: TrainResult, tuning: Tuning, out: Path, save: Path | None, report: Report
-) -> TrainResult:
-    if result.finished:
-        for path in tuning.finish(out):
+def _finish(run: Run, report: Report, on_step: OnStep | None, save: Path | None) -> TrainResult:
+    """Has the run go on, and leaves its result where it is wanted."""
+    result = run.go_on(report, on_step)
+
+    def write() -> None:
+        tuning = run.tuning
+        if run.team.sharded:  # the checkpoint has what no process has all of
+            checkpoint = newest_checkpoint(run.out)
+            assert checkpoint is not None
+            tuning, _ = load_checkpoint(checkpoint, torch.device("cpu"))
+        for path in tuning.finish(run.out):
             report.note(f"written: {path}")
         if save is not None:
             tuning.export(save)
             report.note(f"written: {save}")
+
+    if result.finished:
+        run.crew.on_first(write)
     return result
 
 
-def _with_board(report: Report, settings: TrainSettings, out: Path) -> Report:
-    if not settings.tensorboard:
+@contextmanager
+def _held(
+    crew: Crew, hold: Callable[[], contextlib.AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Inside, the first process holds it; what keeps it from doing so, all are told."""
+    with contextlib.ExitStack() as stack:
+        crew.on_first(lambda: stack.enter_context(hold()))
+        yield
+
+
+def _heard(crew: Crew, report: Report | None, settings: TrainSettings, out: Path) -> Report:
+    """What hears of the run in this process."""
+    if report is None or not crew.first:
+        report = Report()
+    if not (settings.tensorboard and crew.first):
         return report
     from .watch.board import BoardReport  # loads the package tensorboard
 

@@ -21,10 +21,11 @@ __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings", "tuning_settin
 
 # Changing these changes what is saved or measured, never a parameter of the model.
 FREE_ON_RESUME = (
-    *("save_every", "eval_every", "eval_tokens", "checkpoint_layers"),
+    *("save_every", "eval_every", "eval_tokens", "checkpoint_layers", "parallel"),
     *("sample_every", "sample_prompt", "tensorboard"),
 )
 DTYPES = ("auto", "fp32", "bf16")
+PARALLEL = ("ddp", "fsdp")
 ORDERS = ("shuffled", "official")
 # What of a model is trained, and the learning rates, highest and last, where none are given. Those
 # of states are RWKV-LM's own; states need a far higher one than weights.
@@ -69,6 +70,10 @@ class TrainSettings:
     )
     checkpoint_layers: bool = _option(
         False, "compute layers again going back instead of keeping what is in them: less memory"
+    )
+    parallel: str = _option(
+        "ddp",
+        'with torchrun: each card holds all of the model ("ddp"), or a part of everything ("fsdp")',
     )
     chat: bool = _option(
         False, "the text is JSON lines of conversations, of which what the assistant says is learnt"
@@ -139,6 +144,7 @@ class TrainSettings:
         self._require("on_bad", self.on_bad in ON_BAD, f"one of {', '.join(ON_BAD)}")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
         self._require("order", not self.chat or self.order == "shuffled", "shuffled with chat")
+        self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
         self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")

@@ -16,8 +16,14 @@ from .tuning import Tuning
 __all__ = ["precision", "step_gradients"]
 
 
-def step_gradients(tuning: Tuning, batch: Batch, settings: TrainSettings) -> Tensor:
-    """Adds the gradients of the batch's mean loss to `.grad` and returns the loss, in nats."""
+def step_gradients(
+    tuning: Tuning, batch: Batch, settings: TrainSettings, denominator: float | None = None
+) -> Tensor:
+    """Adds the gradients of the batch's mean loss to `.grad` and returns the loss, in nats.
+
+    Args:
+        denominator: what the sum over predicted tokens is divided by; None means their number.
+    """
     model = tuning.model
     model.train()
     # A packed row holds the tokens of the whole batch, so its windows do too.
@@ -30,6 +36,7 @@ def step_gradients(tuning: Tuning, batch: Batch, settings: TrainSettings) -> Ten
             window=settings.window * rows,
             parts=settings.accumulate,
             state=tuning.initial(batch.sequences),
+            denominator=denominator,
         )
 
 

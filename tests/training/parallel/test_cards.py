@@ -82,6 +82,8 @@ def alone(batch):
         ("fsdp", rows(), 2, False),
         ("fsdp", rows(), 2, True),
         ("fsdp", documents(), 1, False),
+        ("ddp", documents(), 3, False),  # one of the ranks has a document less than parts
+        ("fsdp", documents(), 3, False),
     ],
 )
 def test_two_ranks_step_as_one_process(ranks, mode, batch, parts, checkpointed):
@@ -104,11 +106,15 @@ def test_shares_are_the_batch_and_cut_no_document(size):
     assert torch.equal(torch.cat(by_row), rows().inputs)
 
 
-def test_a_batch_too_small_to_share_is_refused():
-    with pytest.raises(ValueError, match="a row for each of 6 cards, found 5"):
-        share(rows(), 0, 6)
-    with pytest.raises(ValueError, match="a document for each of 5 cards, found 4"):
-        share(documents(), 0, 5)
+@pytest.mark.parametrize(("batch", "size"), [(rows(), 7), (documents(), 6)])
+def test_a_rank_without_a_share_joins_in_and_adds_nothing(batch, size):
+    shares = [share(batch, rank, size) for rank in range(size)]
+    assert all(x.inputs.numel() for x in shares)
+    assert sum(int(predicted(x.targets)) for x in shares) == int(predicted(batch.targets))
+    idle = [x for x in shares if bool((x.targets == IGNORED).all())]
+    assert len(idle) == 2 + (batch.cu_seqlens is None)  # the row with nothing in it, too
+    for x in idle:
+        assert x.cu_seqlens is None or x.cu_seqlens.tolist() == [0, x.inputs.shape[1]]
 
 
 def test_without_processes_there_are_no_cards():

@@ -34,16 +34,19 @@ def parallelise(
     mode: Mode = "ddp",
     *,
     group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
     autocast: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Cards:
     """The model on all ranks of a group. A collective; the optimizer is made after it.
 
     Args:
-        model: on this rank's device; the weights of the group's first rank count.
+        model: on this rank's device, or for "fsdp" on the CPU, so that no card has to hold all of
+            it; the weights of the group's first rank count.
         mode: "ddp" keeps the whole model on each card, "fsdp" a part of every parameter (they
             become DTensors, in place), of its gradient and of its moments.
         group: the ranks, all processes when None.
+        device: of this rank, the model's when None; "fsdp" moves the parts there.
         autocast: the dtype of the products, None for the parameters' own.
         backend: the operator's backend, None for the first that accepts the call.
 
@@ -67,7 +70,7 @@ def parallelise(
             objective, process_group=group, init_sync=False, gradient_as_bucket_view=True
         )
     else:
-        mesh = _mesh(group, model.device.type)
+        mesh = _mesh(group, (device or model.device).type)
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -108,6 +111,12 @@ class Cards:
         Returns:
             the mean loss over all ranks, a scalar without gradient.
         """
+        total = self.own_backward(parts, predicted)
+        dist.all_reduce(total, group=self._group)
+        return total
+
+    def own_backward(self, parts: Sequence[Batch], predicted: int) -> Tensor:
+        """As `backward`, but the loss is this rank's part, of which the whole is the sum."""
         if not parts:
             raise ValueError("parts: expected at least one batch, found none")
         total = None
@@ -121,7 +130,6 @@ class Cards:
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        dist.all_reduce(total, group=self._group)
         return total / self.size
 
     def clip_(self, largest: float) -> Tensor:
@@ -129,11 +137,16 @@ class Cards:
         norm = clip_grad_norm_(self.model.parameters(), largest)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so on any rank; all ranks get one answer, such as when to stop."""
-        flag = torch.tensor(float(here), device=self.model.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around calls of a model without gradients, which leave parts of it whole on each card:
+        afterwards its parameters are what the optimizer and checkpoints know, again."""
+        try:
+            yield
+        finally:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._objective, DistributedDataParallel):

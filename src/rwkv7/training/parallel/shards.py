@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rwkv7.config import ModelConfig
 from rwkv7.files import json_object, sync_folder, write_atomically
 from rwkv7.nn import RWKV7
-from rwkv7.training.checkpoint import KEPT, MOMENTS, TRAINING
+from rwkv7.training.checkpoint import KEPT, MOMENTS, TRAINING, in_order, machine
 from rwkv7.training.optim import make_optimizer
 from rwkv7.training.settings import TrainSettings
+from rwkv7.training.tuning import Base
 
 __all__ = ["Shards", "join_shards", "load_shards", "newest_shards", "save_shards"]
 
@@ -39,12 +40,15 @@ _NAME = re.compile(r"sharded-(\d{8,})")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shards:
-    """A whole sharded checkpoint on disk: its folder, the steps done, the run's settings."""
+    """A whole sharded checkpoint on disk: its folder, the steps done, and what its
+    training.json says."""
 
     path: Path
     step: int
     settings: TrainSettings
     config: ModelConfig
+    machine: dict[str, Any]
+    base: Base | None
 
 
 def save_shards(
@@ -54,6 +58,7 @@ def save_shards(
     settings: TrainSettings,
     step: int,
     group: dist.ProcessGroup | None = None,
+    base: Base | None = None,
 ) -> Path:
     """Write the checkpoint of `step` steps done, each rank its part, and keep the newest two.
 
@@ -65,6 +70,7 @@ def save_shards(
         model, optimizer: as `parallelise` and `make_optimizer` left them, sharded or not.
         settings: of the run, kept beside the numbers.
         group: the ranks that hold the model, all processes when None.
+        base: the model that the run began from, kept beside the numbers.
 
     Returns the folder. Raises OSError, on every rank, when a part cannot be written.
     """
@@ -87,6 +93,8 @@ def save_shards(
         "step": step,
         "settings": settings.to_dict(),
         "config": asdict(model.config),
+        "machine": machine(model),
+        "base": base and base.to_dict(),
     }
     _on_first(first, group, final, lambda: _complete(partial, final, about))
     return final
@@ -100,11 +108,14 @@ def newest_shards(run: Path) -> Shards | None:
             about = json_object((path / TRAINING).read_bytes())
             sizes = {file.name: file.stat().st_size for file in path.glob("*.safetensors")}
             if about["format"] == FORMAT and sizes and sizes == about["bytes"]:
+                origin = about.get("base")
                 return Shards(
                     path=path,
                     step=step,
                     settings=TrainSettings.from_dict(about["settings"]),
                     config=ModelConfig(**about["config"]),
+                    machine=dict(about.get("machine", {})),
+                    base=None if origin is None else Base.from_dict(origin),
                 )
     return None
 
@@ -114,17 +125,20 @@ def load_shards(
     model: RWKV7,
     optimizer: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Put what was saved into the model and its optimizer, in place, each rank its part.
 
-    A collective where there is a process group. The number of ranks, and whether they share the
-    model (FSDP) or each have all of it, may differ from when it was saved.
+    A collective where there is a process group, unless this process is to do it `alone`. The
+    number of ranks, and whether they share the model (FSDP) or each have all of it, may differ from
+    when it was saved.
 
     Raises ValueError, on every rank, when files are damaged, or are another model's.
     """
     states = {} if shards.step == 0 else _empty_moments(optimizer)
     tensors = _tensors(model, optimizer, states)
-    alone = not dist.is_initialized()
+    alone = alone or not dist.is_initialized()
     _check_torch()
     try:
         with warnings.catch_warnings():
@@ -150,7 +164,7 @@ def join_shards(shards: Shards) -> tuple[RWKV7, torch.optim.AdamW]:
     """
     model = RWKV7(shards.config, torch.float32, "meta").to_empty(device="cpu")
     optimizer = make_optimizer(model, shards.settings)
-    load_shards(shards, model, optimizer)
+    load_shards(shards, model, optimizer, alone=True)
     return model, optimizer
 
 
@@ -170,7 +184,9 @@ def _tensors(
     """What is saved, by name: parameters, and the moments that `states` or the optimizer has."""
     tensors = {f"model.{name}": x.detach() for name, x in model.named_parameters()}
     if states is None:
-        states = {name: optimizer.state[x] for name, x in _named(optimizer) if x in optimizer.state}
+        states = {
+            name: optimizer.state[x] for name, x in in_order(optimizer) if x in optimizer.state
+        }
     for name, moments in states.items():
         tensors |= {f"optimizer.{name}.{moment}": moments[moment] for moment in MOMENTS}
     return tensors
@@ -185,16 +201,8 @@ def _empty_moments(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tens
             else torch.zeros_like(x, requires_grad=False)
             for moment in MOMENTS
         }
-        for name, x in _named(optimizer)
+        for name, x in in_order(optimizer)
     }
-
-
-def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    return [
-        pair
-        for group in optimizer.param_groups
-        for pair in zip(group["names"], group["params"], strict=True)
-    ]
 
 
 def _on_first(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["first_not_finite"]
+__all__ = ["earliest", "first_not_finite"]
+
+GRADIENT = "the gradient of"
 
 
 def first_not_finite(
@@ -35,11 +37,15 @@ def first_not_finite(
             loss = compute()
         except ValueError:
             loss = None
+    # Of a model that cards share, gradients come without a hook's being told. All cards look.
+    wrong = [n for n, x in trained.named_parameters() if x.grad is not None and not _finite(x.grad)]
     if seen.outputs:
         return seen.outputs[0]
     if loss is not None and not _finite(loss):
         return "the loss, of outputs that are all finite"
-    return seen.gradients[0] if seen.gradients else None
+    if seen.gradients:
+        return seen.gradients[0]
+    return _gradient_of(wrong[-1]) if wrong else None
 
 
 @dataclass(slots=True)
@@ -68,9 +74,25 @@ class _Seen:
     def _on_gradient(self, name: str) -> Callable[[Tensor], None]:
         def look(gradient: Tensor) -> None:
             if not self.gradients and not _finite(gradient):
-                self.gradients.append(f"the gradient of {name} (backward pass, outputs finite)")
+                self.gradients.append(_gradient_of(name))
 
         return look
+
+
+def earliest(found: Sequence[str | None]) -> str | None:
+    """Of what `first_not_finite` said in each process of a run, what came first.
+
+    Processes may share gradients, so that one of them may have brought a NaN to all the others.
+    """
+    forward = [where for where in found if where and not where.startswith(GRADIENT)]
+    where = next(iter([*forward, *filter(None, found)]), None)
+    if where is None or found.count(where) == len(found):
+        return where
+    return f"{where}, in process {found.index(where)} of {len(found)}"
+
+
+def _gradient_of(name: str) -> str:
+    return f"{GRADIENT} {name} (backward pass, outputs finite)"
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:
@@ -82,4 +104,6 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(torch.isfinite(x.detach()).all())
+    # What cards share is looked at as a whole, so that all of them find the same.
+    whole = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return not x.is_floating_point() or bool(torch.isfinite(whole.detach()).all())

@@ -14,7 +14,7 @@ from typing import Any
 from rwkv7.files import json_object, write_atomically
 from rwkv7.training.evaluate import Evaluation
 
-__all__ = ["RunLog", "StepRecord", "plot_loss", "read_log"]
+__all__ = ["NoLog", "RunLog", "StepRecord", "plot_loss", "read_log"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +73,23 @@ class RunLog:
             self._file.flush()  # who follows the file sees each step
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+class NoLog:
+    """Hears what a `RunLog` does and keeps nothing: another process of the run has the log."""
+
+    def step(self, record: StepRecord) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Nothing."""
+
+    def sample(self, step: int, text: str) -> list[dict[str, Any]]:
+        """Nothing; no lines."""
+        return []
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _write_text(file: Path, text: str) -> None:

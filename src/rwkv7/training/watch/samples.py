@@ -32,6 +32,7 @@ def write_sample(
     seed: int,
     initial: Callable[[int], ModelState | None] | None = None,
     tokens: int = SAMPLE_TOKENS,
+    agreed: Callable[[int], int] | None = None,
 ) -> str:
     """`prompt` and what the model goes on with, at most `tokens` tokens.
 
@@ -40,6 +41,7 @@ def write_sample(
         prompt: where it is empty, the end of a document comes first, or a new line.
         seed: of the draws.
         initial: gives the state that a text begins with; None means an empty one.
+        agreed: told of every draw, gives the one that counts.
     """
     end = tokenizer.end_of_document
     ids = tokenizer.encode(prompt) or ([10] if end is None else [end])
@@ -52,7 +54,8 @@ def write_sample(
         for _ in range(tokens):
             row = torch.tensor([fed], device=model.device)
             logits, state = model(row, state, last_only=True)
-            drawn.append(sampler.sample(logits[0, -1].float()))
+            chosen = sampler.sample(logits[0, -1].float())
+            drawn.append(agreed(chosen) if agreed else chosen)
             if drawn[-1] == end:
                 break
             fed = drawn[-1:]
