@@ -29,6 +29,8 @@ from rwkv7.training.checkpoint import newest_checkpoint
 from rwkv7.training.data import find_text, prepare_data
 from rwkv7.training.loss import L2_WRAP
 from rwkv7.training.optim import learning_rate, make_optimizer
+from rwkv7.training.together.processes import Crew
+from rwkv7.training.together.team import Team
 from rwkv7.training.tuning import Tuning
 
 CONFIG = ModelConfig(
@@ -63,7 +65,10 @@ def one_step(
 ) -> tuple[loop.Run, Tensor, Tensor, float]:
     """A run one step on, and the inputs, targets and loss of the step."""
     data = prepare_data(find_text([text]), folder / "data", get_tokenizer("byte"))
-    run = loop.Run(folder, settings, data, Tuning(model), make_optimizer(model, settings))
+    tuning, cpu = Tuning(model), torch.device("cpu")
+    optimizer = make_optimizer(tuning.trained, settings)
+    team = Team(Crew(), settings, cpu, tuning, optimizer)
+    run = loop.Run(folder, settings, data, tuning, team)
     batch = run.source.batch(0)
     return run, batch.inputs, batch.targets, run._train_step().loss
 
