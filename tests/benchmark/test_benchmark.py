@@ -27,7 +27,7 @@ from rwkv7.benchmark import (
 )
 from rwkv7.benchmark.clock import kernels, peak_mib, seconds
 from rwkv7.benchmark.sample import Judge, Sample
-from rwkv7.benchmark.table import BEGIN, END
+from rwkv7.benchmark.table import BEGIN, END, row
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.registry import backend_names
 from rwkv7.wkv7.tolerance import RESULTS, relative_error
@@ -278,10 +278,10 @@ def test_tables_hold_the_newest_results_and_nothing_else_changes(tmp_path):
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter — ü\n")
     assert "old" not in text
-    measured = "2 ms | 20.00x | 4 ms | 25.00x | 30 MiB | 1.2 s | 2.0e-07 | 1.0e-07 | 4.0e-07 (dw)"
-    assert f"| 2x1024x4x64 | torch | {measured} |" in text
-    assert "| 64x1x4x64 | step | 0.005 ms |  | 85% | 100 ms | 1.0e-07 |  |" in text
-    assert "9 ms" not in text
+    measured = "2.00 ms | 20.00x | 4.00 ms | 25.00x | 30.0 MiB | 1.25 s | 2.0e-07 | 1.0e-07 |"
+    assert f"| 2x1024x4x64 | torch | {measured} 4.0e-07 (dw) |" in text
+    assert "| 64x1x4x64 | step | 5.00 µs |  | 85% | 100 ms | 1.0e-07 |  |" in text
+    assert "9.00 ms" not in text
     assert "cuda" not in text
     assert "2 threads" in text
     once = text
@@ -294,8 +294,27 @@ def test_speed_is_against_the_peer_where_there_is_one(tmp_path):
     document = tmp_path / "README.md"
     document.write_text(f"{BEGIN}{END}")
     update_tables(document, results_in(tmp_path))
-    assert "| torch | 2 ms | 3.00x | 4 ms | 1.50x |" in document.read_text()
-    assert "| theirs | 6 ms | 1.00x |" in document.read_text()
+    assert "| torch | 2.00 ms | 3.00x | 4.00 ms | 1.50x |" in document.read_text()
+    assert "| theirs | 6.00 ms | 1.00x |" in document.read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mib", "texts"),
+    [
+        (3.5858e-6, 10520.0, ("3.59 µs", "10,520 MiB")),
+        (3.9318e-4, 388.5, ("393 µs", "388 MiB")),
+        (1.0986e-3, 47.87890625, ("1.10 ms", "47.9 MiB")),
+        (0.16089, 6.126953125, ("161 ms", "6.13 MiB")),
+        (7.0143, 0.0, ("7.01 s", "0.00 MiB")),
+        (98.73, 16928.0, ("98.7 s", "16,928 MiB")),
+    ],
+)
+def test_a_figure_has_three_digits_and_a_unit_of_its_size(seconds, mib, texts):
+    errors: dict[str, float] = {}
+    result = {"subject": "ours", "peer": False, "forward_s": seconds, "training_s": None}
+    result |= {"first_call_s": None, "training_mib": mib, "errors": errors}
+    shown = row(result, {"work": "operator", "results": [result]})
+    assert (shown[1], shown[5]) == texts
 
 
 def test_numbers_of_threads_are_kept_apart(tmp_path):

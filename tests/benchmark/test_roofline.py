@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import pytest
@@ -23,21 +24,44 @@ def case(device: str = H100, **others: object) -> dict[str, object]:
     return {**found, "shape": "2x512x3x64", "results": [result], **others}
 
 
-def test_a_share_of_the_roof_beside_each_mark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The panels of what was drawn last."""
+    panels: list[Any] = []
     save = matplotlib.figure.Figure.savefig
 
     def keep(figure: matplotlib.figure.Figure, *args: object, **kwargs: object) -> None:
-        drawn.append([text.get_text() for panel in figure.axes for text in panel.texts])
+        panels[:] = figure.axes
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return panels
+
+
+def test_a_share_of_the_roof_beside_each_bar(tmp_path: Path, drawn: list[Any]) -> None:
     draw_roofline([case(), case(device="a CPU"), case(dtype="float32")], tmp_path / "roof.png")
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
-    shares = [text for text in drawn[0] if text.endswith("%")]
+    shares = [text.get_text().strip() for panel in drawn for text in panel.texts]
     assert shares == ["100%", "50%"]
+
+
+def test_each_shape_has_its_bars_under_its_own_roof(tmp_path: Path, drawn: list[Any]) -> None:
+    """Forward 9 N operations for 14 bytes; what was measured one way only keeps its row."""
+    slow = {"subject": "ours", "forward_s": 1.0, "training_s": None}
+    wide = case(shape="1x512x3x128/4", results=[slow, {**slow, "subject": "theirs"}])
+    draw_roofline([case(), wide], tmp_path / "roof.png")
+    limits = card_limits(H100)
+    assert limits is not None
+    forward, both = drawn
+    roofs = [line.get_xdata()[0] for line in forward.lines]
+    assert roofs == pytest.approx([9 * N / 14 * limits.bytes / 1e12 for N in (64, 128)])
+    names = [label.get_text() for label in forward.get_yticklabels()]
+    assert names == ["2x512x3x64", "1x512x3x128, packed: 4"]
+    assert (len(forward.patches), len(both.patches)) == (3, 1)
+    assert len({round(bar.get_y(), 6) for bar in forward.patches}) == 3
+    assert list(forward.get_yticks()) == list(both.get_yticks())
+    bars = forward.patches
+    assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[2].get_facecolor()
 
 
 @pytest.mark.parametrize(

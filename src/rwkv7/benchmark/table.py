@@ -15,6 +15,7 @@ from .subjects import BASELINE
 BEGIN = "<!-- rwkv7 bench: begin; made from the results, do not edit -->"
 END = "<!-- rwkv7 bench: end -->"
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_TIMES = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 # What the cases of one table have in common.
 _SHARED = ("device", "threads", "work", "dtype")
 
@@ -111,11 +112,17 @@ def _time(name: str) -> Callable[[Case, Sequence[Case]], str]:
 def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return ""
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+    unit, size = next((u, x) for u, x in _TIMES.items() if seconds >= x or u == "µs")
+    return f"{_digits(seconds / size)} {unit}"
+
+
+def _digits(number: float) -> str:
+    """Three of them, zeros at the end too, and all before the point."""
+    return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 def _memory(name: str) -> Callable[[Case, Sequence[Case]], str]:
-    return lambda result, _: "" if result[name] is None else f"{result[name]:.4g} MiB"
+    return lambda result, _: "" if result[name] is None else f"{_digits(result[name])} MiB"
 
 
 def _speed(name: str) -> Callable[[Case, Sequence[Case]], str]:
