@@ -37,7 +37,8 @@ class CudaBackend:
         device = call.r.device
         if device.type != "cuda" or torch.version.hip is not None:
             return f"needs an NVIDIA GPU, the inputs are on {device}"
-        return plan.refuses(call) or _card_refuses(device.index or 0, call.sizes[3])
+        # Under torch.compile sizes may be symbols; a kernel is made for one head size.
+        return plan.refuses(call) or _card_refuses(device.index or 0, int(call.sizes[3]))
 
     def route(self, call: Call) -> str:
         """One walk a sequence and head, or many at once."""
