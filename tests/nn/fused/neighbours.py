@@ -31,9 +31,9 @@ def drawn(dtype: torch.dtype, device: str = "cpu"):
     return normal
 
 
-def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False) -> Problem:
+def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False, scale=1.0) -> Problem:
     """Token shift and mixes; packed where there are `lengths`."""
-    x = normal(B, T, C)
+    x = normal(B, T, C, scale=scale)
     packed, sequences = None, B
     if lengths is not None:
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=x.device)
