@@ -138,7 +138,7 @@ def segment(call: Call, card: Card) -> int | None:
     B, T, H, K, _ = call.sizes
     if call.invariant or call.cu_seqlens is not None or card.multiprocessors < 2 * B * H:
         return None
-    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (SHARING[K] * card.multiprocessors)))
+    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (SHARING[int(K)] * card.multiprocessors)))
     tokens = -(-tokens // CHUNK) * CHUNK
     return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
 
