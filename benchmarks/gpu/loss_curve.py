@@ -31,6 +31,7 @@ from rwkv7.tokenizer import ByteTokenizer
 from rwkv7.training import TrainSettings
 from rwkv7.training.batch import Batch
 from rwkv7.training.sources.windows import Windows
+from rwkv7.verification.untuned import untuned
 
 SIDES = ("rwkv7", "fla")
 SMOOTHED = 0.98  # a moving average over some 50 steps
@@ -56,7 +57,7 @@ def main() -> None:
     record = Record(options.out, "loss_curve", device, options.limit)
     record.keep({"part": "settings", **settings.to_dict()})
     for side in options.sides.split(","):
-        train = functools.partial(_train, side, settings, options, record)
+        train = functools.partial(_side, side, settings, options, record)
         record.part(side, train, needs=30)
         draw(options.out)
 
@@ -79,16 +80,28 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _train(
+def _side(
     side: str, settings: TrainSettings, options: argparse.Namespace, record: Record
+) -> dict[str, Any]:
+    """Trains and reads one side. What is wanted of FLA here is its loss, not its speed."""
+    config = ModelConfig.from_sizes(
+        vocab_size=ByteTokenizer().vocab_size, width=settings.width, layers=settings.layers
+    )
+    contestant = _contestant(side, config, settings, options, record.device)
+    with untuned("fla"):
+        return _train(contestant, side, settings, options, record)
+
+
+def _train(
+    contestant: Contestant,
+    side: str,
+    settings: TrainSettings,
+    options: argparse.Namespace,
+    record: Record,
 ) -> dict[str, Any]:
     """All steps of one side, unless the time runs out, and then the held-out text."""
     device, tokenizer = record.device, ByteTokenizer()
     train, held_out = (np.array(tokenizer.encode(text), np.int64) for text in split(load_text()))
-    config = ModelConfig.from_sizes(
-        vocab_size=tokenizer.vocab_size, width=settings.width, layers=settings.layers
-    )
-    contestant = _contestant(side, config, settings, options, device)
     source = Windows(train, window=settings.window, batch=settings.batch, seed=settings.seed)
     began, stop, loss, step = time.perf_counter(), _share(side, options, record), math.nan, 0
     with (options.out / f"loss_{side}.jsonl").open("w", encoding="utf-8") as log:
@@ -108,8 +121,7 @@ def _share(side: str, options: argparse.Namespace, record: Record) -> float:
     """Seconds that must be left when a side stops: sides to come have as much as this one."""
     sides = options.sides.split(",")
     after = len(sides) - 1 - sides.index(side)
-    # FLA's kernels are tuned before its first step, for some 100 s.
-    return 15 + (record.left() - 100) * after / (after + 1) + 100 * ("fla" in sides) * (after > 0)
+    return 15 + record.left() * after / (after + 1)
 
 
 def _contestant(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from rwkv7.machine import package_version
 from rwkv7.state import state_from_fla, state_to_fla
 from rwkv7.wkv7.contract import DECAY_SCALE
 
-from .checks import Check, Refusal, operator_check
+from .checks import Check, Refusal, Row, operator_check
 from .problem import STATES, Problem, Sizes
+from .untuned import untuned
 
 __all__ = ["PEERS", "peer_checks"]
 
@@ -69,7 +71,12 @@ def _fla(sizes: Sizes, devices: list[torch.device]) -> tuple[list[Check], list[R
             checks += [
                 operator_check(name, problem, kind, device, operator, gradients) for kind in STATES
             ]
-    return checks, []
+    return [replace(check, run=functools.partial(_run_untuned, check)) for check in checks], []
+
+
+def _run_untuned(check: Check) -> list[Row]:
+    with untuned("fla"):
+        return check.run()
 
 
 def _by_fla(
