@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import rwkv7.verification
 from rwkv7.cli import main
-from rwkv7.verification import Row, Sizes
+from rwkv7.verification import Check, Row, Sizes
 from rwkv7.verification.plot import draw
 from rwkv7.wkv7 import registry
 from rwkv7.wkv7.tolerance import Measure
@@ -58,6 +59,24 @@ def test_a_failing_backend_is_exit_code_1(monkeypatch, capsys, tmp_path):
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["ok"] is False
     assert {r["dtype"] for r in report["rows"] if not r["ok"]} == {"float32"}
+
+
+def test_a_peer_that_is_off_is_shown_and_is_not_our_failure(monkeypatch, capsys, tmp_path):
+    def peers(names, sizes, devices):
+        off = Row("a peer's long_name_of_a_kernel", "cpu", torch.float32, "none", {}, peer=True)
+        measures = {"y": Measure(0.1, 1e-5), "state": Measure(0.0, 1e-5)}
+        off = replace(off, measures=measures)
+        return [Check(off.subject, "cpu", lambda: [off])], []
+
+    monkeypatch.setattr(rwkv7.verification, "peer_checks", peers)
+    assert run("--against", "fla", "--json", tmp_path / "v.json") == 0
+    out = capsys.readouterr().out
+    assert "a peer's long_name_of_a_kernel on cpu" in out
+    assert "none 1e-1     0 off" in out
+    assert out.splitlines()[-1].endswith("; of the peers' 1: 0")
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert report["ok"] is True
+    assert [row["ok"] for row in report["rows"] if row["peer"]] == [False]
 
 
 def test_a_backend_that_crashes_is_shown_and_the_rest_is_too(monkeypatch, capsys, tmp_path):

@@ -36,6 +36,7 @@ class Row:
     measures: Mapping[str, Measure]
     mistake: bool = False  # made on purpose: right is when the comparison sees it
     crash: str = ""  # what the subject raised instead of giving results
+    peer: bool = False  # another project's: shown beside the bounds, which are ours to keep
 
     @property
     def ok(self) -> bool:

@@ -97,7 +97,8 @@ def _rows() -> list[Row]:
                 )
                 for name in RESULTS
             }
-            rows.append(Row(f"{subject}, {mode}", "cpu", torch.float32, kind, measures))
+            name = f"{subject}, {mode}"
+            rows.append(Row(name, "cpu", torch.float32, kind, measures, peer=results is theirs))
     return rows
 
 
