@@ -72,7 +72,7 @@ def test_a_peer_that_is_off_is_shown_and_is_not_our_failure(monkeypatch, capsys,
     assert run("--against", "fla", "--json", tmp_path / "v.json") == 0
     out = capsys.readouterr().out
     assert "a peer's long_name_of_a_kernel on cpu" in out
-    assert "none 1e-1 0 off".split() in [line.split() for line in out.splitlines()]
+    assert ["none", "1e-1", "0", "off"] in [line.split() for line in out.splitlines()]
     assert out.splitlines()[-1].endswith("; of the peers' 1: 0")
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["ok"] is True
