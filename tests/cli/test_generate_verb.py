@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 
 import pytest
 from talking_model import talking_model
@@ -108,6 +110,19 @@ def test_blanks_and_digits_are_not_counted_in_rwkvs_order(rwkv7, checkpoint, tmp
     assert not Session.load(tmp_path / "s", talking_model()).sampler.exempt
 
 
+@pytest.mark.parametrize("piped", [False, True], ids=["file", "stdin"])
+@pytest.mark.parametrize("prompt", [b"\n", b"so\r\nit \xc3", b"\xff\n", b""])
+def test_a_prompt_from_a_file_is_read_to_its_last_byte(
+    rwkv7, checkpoint, tmp_path, monkeypatch, prompt, piped
+):
+    (tmp_path / "p").write_bytes(prompt)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt)))
+    options = ("--temperature", 0, "--tokens", 12)
+    found = text(rwkv7, checkpoint, "--prompt-file", "-" if piped else tmp_path / "p", *options)
+    as_an_argument = prompt.decode("utf-8", "surrogateescape")
+    assert found == text(rwkv7, checkpoint, "--prompt", as_an_argument, *options)
+
+
 def test_without_a_prompt_it_starts_on_a_new_line(rwkv7, checkpoint):
     out = text(rwkv7, checkpoint, "--temperature", 0, "--tokens", 12)
     assert out == "aé€𝄞b\n"
@@ -152,6 +167,9 @@ def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_pat
         (("--state-out", "/nowhere/at/all/s"), "/nowhere/at/all/s: its folder"),
         (("--state-out", "/"), "/: is a folder"),
         (("--state-in", "/nowhere/s"), "/nowhere/s: No such file"),
+        (("--prompt-file", "/nowhere/p"), "/nowhere/p: No such file"),
+        (("--prompt-file", "/"), "/: Is a directory"),
+        (("--prompt-file", "-", "--prompt", "a"), "--prompt-file: expected no --prompt"),
         (("--device", "abacus"), "device: 'abacus' cannot be used here"),
         (("--device", "cuda:77"), "device: 'cuda:77' cannot be used here"),
     ],
@@ -161,6 +179,13 @@ def test_mistakes_are_one_line(rwkv7, checkpoint, arguments, line):
     assert (code, out) == (2, "")
     assert line in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_a_prompt_from_a_stdin_that_is_closed(rwkv7, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, out, err = rwkv7("generate", checkpoint, "--prompt-file", "-")
+    assert (code, out) == (2, "")
+    assert err == "error: --prompt-file -: expected text on stdin, found it closed\n"
 
 
 def test_a_model_that_is_not_there(rwkv7, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,13 @@ def generate(
         Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a folder that train wrote.")
     ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take it from a file, or with - from stdin, to its last byte as it is.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=0, help="How many tokens at most.")] = 256,
     state_in: Annotated[
         Path | None,
@@ -48,6 +56,7 @@ def generate(
     if state_out is not None:
         check_destination(state_out)
     options.sampler()  # a setting out of range is said before the model is read
+    beginning = prompt if prompt_file is None else _prompt_in(prompt_file, prompt)
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
     if state_in is None:
@@ -56,7 +65,7 @@ def generate(
         session = Session.load(state_in, network)
         session.sampler = options.sampler(text, session.sampler)
     decoder = StreamDecoder(text, session.pending)
-    _read(network, session, prompt, text, decoder)
+    _read(network, session, beginning, text, decoder)
     stopped = _write(network, session, tokens, text, decoder, final=state_out is None)
     if state_out is not None:
         session.pending = decoder.pending
@@ -66,8 +75,22 @@ def generate(
         raise KeyboardInterrupt
 
 
+def _prompt_in(name: str, prompt: str) -> bytes:
+    if prompt:
+        raise ValueError("--prompt-file: expected no --prompt beside it, found both")
+    if name != "-":
+        return Path(name).read_bytes()
+    if sys.stdin is None:
+        raise ValueError("--prompt-file -: expected text on stdin, found it closed")
+    return sys.stdin.buffer.read()
+
+
 def _read(
-    network: RWKV7, session: Session, prompt: str, tokenizer: Tokenizer, decoder: StreamDecoder
+    network: RWKV7,
+    session: Session,
+    prompt: str | bytes,
+    tokenizer: Tokenizer,
+    decoder: StreamDecoder,
 ) -> None:
     ids = tokenizer.encode(prompt)
     if not ids and session.token is None:
