@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_table_and_json(evaluated, tmp_path):
     assert text["bits_per_byte"] < 4
     assert words["texts"] == 2
     assert (questions["accuracy"], questions["questions"]) == (1.0, 1)
+
+
+def test_a_bar_grows_on_a_terminal_and_nowhere_else(evaluated, monkeypatch):
+    names = ("text.txt", "words.jsonl", "questions.jsonl")
+    counts = (len(REFRAIN) * 20 - 1, 2, 2)
+    quiet = evaluated(*names)[2]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    code, _, err = evaluated(*names)
+    assert code == 0
+    for name, count in zip(names, counts, strict=True):
+        assert re.search(rf"{name}.*{count}/{count}", err)
+        assert f"{count}/{count}" not in quiet
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,23 @@ def test_last_words(bytes_model, tmp_path):
     assert found["perplexity"] == pytest.approx(math.exp(-sum(p for p, _ in scores) / 3), rel=1e-12)
 
 
+def test_progress_is_told_to_the_end(bytes_model, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(bytes(range(32, 132)))
+    written(tmp_path / "w.jsonl", [{"text": f"so it is {i}"} for i in range(3)])
+    written(tmp_path / "q.jsonl", [GOOD, GOOD])
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", 256 * 40)
+    expected = {
+        "a.txt": [(40, 99), (80, 99), (99, 99)],
+        "w.jsonl": [(1, 3), (2, 3), (3, 3)],
+        "q.jsonl": [(1, 4), (2, 4), (3, 4), (4, 4)],
+    }
+    told = []
+    for name, steps in expected.items():
+        evaluate_file(bytes_model, BYTE, tmp_path / name, lambda *step: told.append(step))
+        assert told == steps
+        told.clear()
+
+
 GOOD = {"context": "a", "choices": ["b", "c"], "answer": 1}
 
 

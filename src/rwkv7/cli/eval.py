@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
+from rwkv7.cli import printable
 from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
 from rwkv7.tokenizer import tokenizer_of
@@ -65,7 +77,9 @@ def eval(
     results: list[dict[str, float | int | str]] = []
     for file in files or ():
         say(f"reading {file}")
-        results.append({"file": str(file), **evaluate_file(network, text, file)})
+        with _bar(file.name) as on_progress:
+            figures = evaluate_file(network, text, file, on_progress)
+        results.append({"file": str(file), **figures})
     if tasks:
         from rwkv7.evaluation.harness import evaluate_tasks
 
@@ -77,10 +91,21 @@ def eval(
         _keep(json_out, {"model": str(model), "results": results})
 
 
-def _show(results: list[dict[str, float | int | str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for as long as a file is read, where stderr is a terminal."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+    )
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(printable(name), total=None)  # a text is tokenized first
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
+
+def _show(results: list[dict[str, float | int | str]]) -> None:
     table = Table("what", "kind", "figures")
     for result in results:
         figures = ", ".join(

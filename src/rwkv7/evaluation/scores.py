@@ -52,10 +52,12 @@ def carried_bits(
     tokens: np.ndarray | Sequence[int],
     state: ModelState | None = None,
     window: int = CARRIED_WINDOW,
+    on_read: Callable[[int], None] | None = None,
 ) -> float:
     """The bits of all tokens but the first, read in one go from `state`, None for an empty one.
 
     `window` is how many tokens the model gets at a time; the state is carried on to the next ones.
+    After each window `on_read` hears of how many tokens the bits are counted.
     """
     bits, last = 0.0, len(tokens) - 1
     window = min(window, max(1, LOGITS_AT_ONCE // model.config.vocab_size))
@@ -64,6 +66,8 @@ def carried_bits(
         row = _ids(tokens[start : stop + 1], model)[None]
         logits, state = model(row[:, :-1], state)
         bits += summed_bits(logits, row[:, 1:])
+        if on_read is not None:
+            on_read(stop)
     return bits
 
 
@@ -73,17 +77,26 @@ def summed_bits(logits: Tensor, targets: Tensor) -> float:
     return functional.cross_entropy(flat, targets.flatten(), reduction="sum").item() / math.log(2)
 
 
-def score(model: RWKV7, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+def score(
+    model: RWKV7,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    on_read: Callable[[int], None] | None = None,
+) -> list[Score]:
     """How probable each continuation is after its context, as if each pair were read alone.
 
     Args:
         model: in evaluation mode; on any device.
         pairs: of context and continuation, ids; a context has at least one. Contexts that are
             equal, or begin alike, may come in any order: what they share is read once.
+        on_read: hears after each pair how many are read.
 
     Raises ValueError for a pair without context. A continuation without ids has probability 1.
     """
-    found = dict(scores_as_they_come(model, pairs))
+    found: dict[int, Score] = {}
+    for i, result in scores_as_they_come(model, pairs):
+        found[i] = result
+        if on_read is not None:
+            on_read(len(found))
     return [found[i] for i in range(len(pairs))]
 
 

@@ -21,10 +21,14 @@ from .scores import carried_bits, score
 __all__ = ["evaluate_file"]
 
 Check = Callable[[dict[str, Any]], "str | None"]
+Progress = Callable[[int, int], None]  # how much is done, and of how much
 
 
 def evaluate_file(
-    model: RWKV7, tokenizer: Tokenizer, path: str | os.PathLike[str]
+    model: RWKV7,
+    tokenizer: Tokenizer,
+    path: str | os.PathLike[str],
+    on_progress: Progress | None = None,
 ) -> dict[str, float | int | str]:
     """The figures of one file, by name; "kind" says which they are.
 
@@ -37,29 +41,35 @@ def evaluate_file(
     - "last word", lines {"text": …}: accuracy (greedy choice gives the word), perplexity (of a
       word), texts. The word is what follows the last space, with that space.
 
+    `on_progress` hears how many tokens of a text, or continuations of the tests, are read, and of
+    how many.
+
     Raises:
         OSError: the file is missing or unreadable.
         ValueError: it holds nothing, or a line that is no such test; says which line and why.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
-        return _text(model, tokenizer, path)
+        return _text(model, tokenizer, path, on_progress)
     tests = _tests(path)
     if "choices" in tests[0][1]:
-        return _choices(model, tokenizer, _checked(path, tests, _not_a_question))
-    return _last_words(model, tokenizer, _checked(path, tests, _not_a_text))
+        questions = _checked(path, tests, _not_a_question)
+        return _choices(model, tokenizer, questions, on_progress)
+    return _last_words(model, tokenizer, _checked(path, tests, _not_a_text), on_progress)
 
 
-def _text(model: RWKV7, tokenizer: Tokenizer, path: Path) -> dict[str, float | int | str]:
+def _text(
+    model: RWKV7, tokenizer: Tokenizer, path: Path, on_progress: Progress | None
+) -> dict[str, float | int | str]:
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{path}: expected some text, found an empty file")
     tokens = tokenizer.encode(content)
     end = tokenizer.end_of_document
+    given = tokens if end is None else [end, *tokens]
+    bits = carried_bits(model, given, on_read=_out_of(len(given) - 1, on_progress))
     if end is None:
-        bits = math.log2(model.config.vocab_size) + carried_bits(model, tokens)
-    else:
-        bits = carried_bits(model, [end, *tokens])
+        bits += math.log2(model.config.vocab_size)
     loss = bits * math.log(2) / len(tokens)
     return {
         **{"kind": "text", "loss": loss, "perplexity": _exp(loss)},
@@ -68,14 +78,17 @@ def _text(model: RWKV7, tokenizer: Tokenizer, path: Path) -> dict[str, float | i
 
 
 def _choices(
-    model: RWKV7, tokenizer: Tokenizer, tests: list[dict[str, Any]]
+    model: RWKV7,
+    tokenizer: Tokenizer,
+    tests: list[dict[str, Any]],
+    on_progress: Progress | None,
 ) -> dict[str, float | int | str]:
     pairs = [
         (_context(tokenizer, test["context"]), tokenizer.encode(choice))
         for test in tests
         for choice in test["choices"]
     ]
-    scores = iter(score(model, pairs))
+    scores = iter(score(model, pairs, _out_of(len(pairs), on_progress)))
     right = right_per_byte = 0
     for test in tests:
         found = [next(scores).log_probability for _ in test["choices"]]
@@ -91,18 +104,25 @@ def _choices(
 
 
 def _last_words(
-    model: RWKV7, tokenizer: Tokenizer, tests: list[dict[str, Any]]
+    model: RWKV7,
+    tokenizer: Tokenizer,
+    tests: list[dict[str, Any]],
+    on_progress: Progress | None,
 ) -> dict[str, float | int | str]:
     pairs = []
     for test in tests:
         before, _, word = test["text"].rstrip().rpartition(" ")
         pairs.append((_context(tokenizer, before), tokenizer.encode(f" {word}")))
-    scores = score(model, pairs)
+    scores = score(model, pairs, _out_of(len(pairs), on_progress))
     loss = -sum(found.log_probability for found in scores) / len(scores)
     return {
         **{"kind": "last word", "accuracy": sum(found.greedy for found in scores) / len(scores)},
         **{"perplexity": _exp(loss), "texts": len(scores)},
     }
+
+
+def _out_of(total: int, on_progress: Progress | None) -> Callable[[int], None] | None:
+    return None if on_progress is None else lambda done: on_progress(done, total)
 
 
 def _context(tokenizer: Tokenizer, text: str) -> list[int]:
