@@ -48,6 +48,14 @@ def test_the_memory_of_an_engine_is_told(capsys, tmp_path):
     assert "bfloat16" in out
 
 
+@pytest.mark.parametrize("option", ["--slots", "--max-prefill-tokens"])
+def test_a_size_of_an_engine_needs_its_model(capsys, option):
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", option, "4"])
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {option}: expected --model beside it, found none\n")
+
+
 def test_devices_by_name():
     assert machine.device_called("cpu") == torch.device("cpu")
     assert machine.device_called(None) == machine.best_device()

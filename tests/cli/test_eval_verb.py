@@ -103,6 +103,13 @@ def test_without_the_harness_its_extra_is_named(evaluated, monkeypatch):
     assert 'pip install "rwkv7[harness]"' in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("option", [("--shots", "0"), ("--limit", "3"), ("--task-folder", ".")])
+def test_an_option_of_the_harness_needs_its_tasks(evaluated, option):
+    code, out, err = evaluated("text.txt", options=option)
+    assert (code, out) == (2, "")
+    assert err == f"error: {option[0]}: expected --harness beside it, found none\n"
+
+
 def test_nothing_to_measure(evaluated):
     code, _, err = evaluated()
     assert code == 2

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .terminal import check_together
+
 # What each optional package is for.
 _EXTRAS = {
     "triton": "GPU kernels (comes with torch where there are any)",
@@ -25,15 +27,20 @@ _EXTRAS = {
     "fla-core": "verify --against fla: pip install 'rwkv7[peers]'",
 }
 
+_SIZES = {"slots": 16, "max_prefill_tokens": 2048}  # of an engine, where nobody said
+
 
 def doctor(
     model: Annotated[
         Path | None, typer.Option(help="Say only what an engine on this checkpoint would take.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="With --model: texts that run at once.")] = 16,
+    slots: Annotated[
+        int | None, typer.Option(help="With --model: texts that run at once. Default 16.")
+    ] = None,
     max_prefill_tokens: Annotated[
-        int, typer.Option(help="With --model: tokens of prompts read between two steps.")
-    ] = 2048,
+        int | None,
+        typer.Option(help="With --model: tokens of prompts read between two steps. Default 2048."),
+    ] = None,
 ) -> None:
     """Say what this machine can run: devices, backends with reasons, versions, caches.
 
@@ -42,9 +49,12 @@ def doctor(
     from rwkv7.machine import best_device, describe
 
     console = Console(highlight=False)
+    sizes = {"slots": slots, "max_prefill_tokens": max_prefill_tokens}
     if model is not None:
-        _budget(console, model, slots, max_prefill_tokens)
+        given = {name: size for name, size in sizes.items() if size is not None}
+        _budget(console, model, **(_SIZES | given))
         return
+    check_together("--model", model, sizes)
     _list(console, "Machine", {name: str(value) for name, value in describe().items()})
     _devices(console)
     for device in dict.fromkeys(("cpu", best_device().type)):

@@ -24,7 +24,7 @@ from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
 from rwkv7.tokenizer import tokenizer_of
 
-from .terminal import TokenizerName, read_model, say
+from .terminal import TokenizerName, check_together, read_model, say
 
 
 def eval(
@@ -68,6 +68,8 @@ def eval(
     tasks = [task.strip() for task in (harness or "").split(",") if task.strip()]
     if not files and not tasks:
         raise ValueError("FILE: expected a file, or --harness with a task, found neither")
+    of_tasks = {"shots": shots, "limit": limit, "task_folder": task_folder}
+    check_together("--harness", tasks or None, of_tasks)
     if json_out is not None:
         check_destination(json_out)
     for file in files or ():

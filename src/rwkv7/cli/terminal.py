@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +37,16 @@ def read_model(path: Path, device: str | None) -> RWKV7:
         f"({time.perf_counter() - start:.1f} s)"
     )
     return network
+
+
+def check_together(needed: str, value: object, others: Mapping[str, object]) -> None:
+    """ValueError for an option in `others`, by argument name, that is given without `needed`."""
+    if value is not None:
+        return
+    for name, given in others.items():
+        if given is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: expected {needed} beside it, found none")
 
 
 @contextlib.contextmanager
