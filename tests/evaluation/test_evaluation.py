@@ -192,6 +192,7 @@ GOOD = {"context": "a", "choices": ["b", "c"], "answer": 1}
         ([json.dumps({**GOOD, "answer": True})], "from 0 to 1, is True"),
         ([json.dumps({**GOOD, "choices": ["b", ""]})], "none of them empty"),
         ([json.dumps({**GOOD, "choices": "bc"})], "none of them empty"),
+        ([json.dumps({**GOOD, "choices": []})], '"choices" should hold at least one text'),
         (['{"text": "word"}'], "more than one word"),
         (['{"texts": 3}'], '"text" should be a text'),
         (["\xff"], "line 1: not a JSON object"),

@@ -152,6 +152,11 @@ def test_held_out_answers_are_charged_and_questions_are_not(data: ChatData) -> N
         ("{", "line 2: expected a JSON object"),
         ('{"messages": [{"role": "tool", "content": ""}]}', "role: expected one of .*'tool'"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content: expected text, found int"),
+        ('{"messages": [{"role": ["user"], "content": ""}]}', r"line 2: role: .*found \['user'\]"),
+        ('{"messages": ["hello"]}', "line 2: role: expected one of .*, found None"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: .*found half of one"),
+        ('{"messages": [{"role": "user", "content": "\\udcff"}]}', "line 2: .*found half of one"),
+        ('{"messages": []}', "line 2: messages: .*assistant's at least"),
         ('{"messages": [{"role": "user", "content": "?"}]}', "one of the assistant's at least"),
     ],
 )

@@ -165,6 +165,8 @@ def _not_a_question(test: dict[str, Any]) -> str | None:
         return f'"context" should be a text, is {context!r}'
     if not isinstance(choices, list) or not all(_is_text(x) and x for x in choices):
         return '"choices" should be a list of texts, none of them empty'
+    if not choices:
+        return '"choices" should hold at least one text, is []'
     if type(answer) is not int or not 0 <= answer < len(choices):
         return f'"answer" should be a number from 0 to {len(choices) - 1}, is {answer!r}'
     return None

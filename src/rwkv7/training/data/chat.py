@@ -72,11 +72,12 @@ def chat_parts(messages: Sequence[Any]) -> list[tuple[str, bool]]:
     parts: list[tuple[str, bool]] = []
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"role: expected one of {', '.join(ROLES)}, found {role!r}")
         content = message.get("content")
         if not isinstance(content, str):
             raise ValueError(f"content: expected text, found {type(content).__name__}")
+        content.encode()  # UnicodeError, a ValueError, for half a surrogate pair
         content = re.sub(r"\n{2,}", "\n", content.replace("\r\n", "\n")).strip()
         if role == "assistant":
             parts += [(f"{ROLES[role]}:", False), (f" {content}\n\n", True)]

@@ -114,6 +114,8 @@ def json_records(
                 found = read(json_object(line.rstrip(b"\r\n").decode("utf-8-sig")))
             except json.JSONDecodeError as error:  # whose own words count lines too, and from one
                 bad.add(path, f"line {number}", _no_json(error))
+            except UnicodeError as error:
+                bad.add(path, f"line {number}", _no_text(error))
             except ValueError as error:
                 bad.add(path, f"line {number}", str(error))
             else:
@@ -129,6 +131,14 @@ def _no_json(error: json.JSONDecodeError) -> str:
     return f"expected a JSON object: {error.msg}, character {error.pos + 1}"
 
 
+def _no_text(error: UnicodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"expected UTF-8, found 0x{byte:02x} as byte {error.start + 1}"
+    # JSON can spell half of a character that takes two.
+    return "expected whole characters, found half of one"
+
+
 def _value(record: dict[str, Any], key: str) -> bytes:
     if key not in record:
         found = ", ".join(map(repr, list(record)[:5])) or "none"
@@ -136,7 +146,7 @@ def _value(record: dict[str, Any], key: str) -> bytes:
     if not isinstance(record[key], str):
         raise ValueError(f"{key!r}: expected text, found {type(record[key]).__name__}")
     text: str = record[key]
-    return text.encode("utf-8")  # ValueError for half a surrogate pair
+    return text.encode("utf-8")  # UnicodeError for half a surrogate pair
 
 
 def _parquet(file: BinaryIO, path: Path, key: str, bad: BadRecords) -> Documents:
