@@ -50,6 +50,10 @@ def same(first, second):
     assert all(map(torch.equal, rows(first.state), rows(second.state)))
 
 
+OPENINGS = {"think": " <think", "empty-think": " <think>\n</think"}
+EMPTY_THINK = (" <think>\n</think>\nyes\n\nit is", ">\nyes\n\nit is\n\nUser:")
+
+
 @pytest.mark.parametrize(
     ("template", "drawn", "shown", "read"),
     [
@@ -58,6 +62,7 @@ def same(first, second):
         ("paragraphs", " a\n\nb\n\nUser: x", " a\n\nb", " a\n\nb\n\nUser:"),
         ("paragraphs", " a\n\nUs", " a\n\nUs", " a\n\nUser:"),
         ("think", "> so\n\nit is\n\nUser:", " <think> so\n\nit is", "> so\n\nit is\n\nUser:"),
+        ("empty-think", ">\nyes\n\nit is\n\nUser:", *EMPTY_THINK),
         ("plain", " cut\n", " cut\n", " cut\n\nUser:"),
         ("plain", " é€𝄞", " é€𝄞", " é€𝄞\n\nUser:"),
     ],
@@ -65,8 +70,7 @@ def same(first, second):
 def test_what_is_shown_and_what_the_model_reads(template, drawn, shown, read):
     talk, session = scripted(template, drawn, " 2\n\nUser:")
     assert "".join(talk.say(" hi\n\n \nthere ", 99)) == shown
-    opening = " <think" if template == "think" else ""
-    first = f"User: hi\nthere\n\nAssistant:{opening}"
+    first = f"User: hi\nthere\n\nAssistant:{OPENINGS.get(template, '')}"
     assert bytes(session.read).decode() == first + read
     "".join(talk.say("more", 99))
     assert bytes(session.read).decode().startswith(first + read + " more\n\nAssistant:")
@@ -161,7 +165,9 @@ def test_the_past_is_not_read_again(model):
 
 
 def test_what_is_refused(model):
-    with pytest.raises(ValueError, match="template: expected one of plain, paragraphs, think"):
+    with pytest.raises(
+        ValueError, match="template: expected one of plain, paragraphs, think, empty-think"
+    ):
         chat(model, "alpaca")
     with pytest.raises(ValueError, match="message: expected some text"):
         chat(model).say(" \n", 9)

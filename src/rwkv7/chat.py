@@ -27,7 +27,9 @@ class Template:
     """How an answer begins and where it ends; what is around it is the same for all.
 
     Source: the prompts of BlinkDL/RWKV-LM and of the RWKV7-G1 models, "User: …", an empty line,
-    "Assistant:" without a space after it; a thinking model is started with " <think".
+    "Assistant:" without a space after it; a thinking model is started with " <think", and made to
+    answer at once with a thought that is over ("fake think" on their model card, whose prompts
+    leave the last ">" to the model).
     """
 
     opening: str  # written for the model, after "Assistant:"
@@ -38,6 +40,7 @@ TEMPLATES = {
     "plain": Template(opening="", stop="\n\n"),
     "paragraphs": Template(opening="", stop=_USER),
     "think": Template(opening=" <think", stop=_USER),
+    "empty-think": Template(opening=" <think>\n</think", stop=_USER),
 }
 
 

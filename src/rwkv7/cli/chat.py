@@ -42,7 +42,8 @@ def chat(
         str,
         typer.Option(
             help="plain: an answer is one paragraph. paragraphs: it may be several. "
-            "think: the model is asked to think first."
+            "think: the model is asked to think first. empty-think: a model that thinks is asked "
+            "to answer at once."
         ),
     ] = "plain",
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
