@@ -17,9 +17,10 @@ from .nn import RWKV7
 from .sampling import Sampler
 from .state import ModelState
 from .tokenizer import StreamDecoder, Tokenizer
+from .turns import END, ROLES
 
-_USER = "\n\nUser:"
-_ASSISTANT = "\n\nAssistant:"
+_USER = f"{END}{ROLES['user']}:"
+_ASSISTANT = f"{END}{ROLES['assistant']}:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +38,19 @@ class Template:
 
 
 TEMPLATES = {
-    "plain": Template(opening="", stop="\n\n"),
+    "plain": Template(opening="", stop=END),
     "paragraphs": Template(opening="", stop=_USER),
     "think": Template(opening=" <think", stop=_USER),
     "empty-think": Template(opening=" <think>\n</think", stop=_USER),
 }
+
+
+def template_called(name: str) -> Template:
+    """The template of that name in `TEMPLATES`; ValueError where there is none."""
+    if name not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise ValueError(f"template: expected one of {known}, found {name!r}")
+    return TEMPLATES[name]
 
 
 class Chat:
@@ -58,10 +67,8 @@ class Chat:
     """
 
     def __init__(self, model: RWKV7, tokenizer: Tokenizer, template: str, session: Session) -> None:
-        if template not in TEMPLATES:
-            known = ", ".join(TEMPLATES)
-            raise ValueError(f"template: expected one of {known}, found {template!r}")
-        self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._model, self._tokenizer = model, tokenizer
+        self._name, self._template = template, template_called(template)
         self.session = session
         self.drawn = 0  # tokens of the last answer
         self._writing: Generator[str, None, None] | None = None
@@ -84,7 +91,7 @@ class Chat:
         if not message:
             raise ValueError("message: expected some text, found none")
         self._stop_writing()
-        self._feed(f" {message}{_ASSISTANT}{TEMPLATES[self._template].opening}")
+        self._feed(f" {message}{_ASSISTANT}{self._template.opening}")
         self._answered = self.session.state, self.session.token
         return self._begin(max_tokens)
 
@@ -105,7 +112,7 @@ class Chat:
         self._stop_writing()
         sampler = Sampler.from_state_dict(self.session.sampler.state_dict())
         session = dataclasses.replace(self.session, sampler=sampler)
-        twin = Chat(self._model, self._tokenizer, self._template, session)
+        twin = Chat(self._model, self._tokenizer, self._name, session)
         twin._answered = self._answered
         return twin
 
@@ -125,7 +132,7 @@ class Chat:
             self._writing.close()
 
     def _answer(self, max_tokens: int) -> Generator[str, None, None]:
-        template, end = TEMPLATES[self._template], self._tokenizer.end_of_document
+        template, end = self._template, self._tokenizer.end_of_document
         decoder = StreamDecoder(self._tokenizer)
         held, tail, self.drawn = template.opening, "", 0
         drawn = self.session.run(self._model, max_tokens, () if end is None else (end,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rwkv7.weights import save_model
 
 pytest.importorskip("lm_eval")
 
+import jinja2  # which lm-eval brings
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
@@ -148,6 +150,103 @@ def test_sampling_follows_torch_s_seed():
 def test_settings_that_are_not_known(model, settings, words):
     with pytest.raises(ValueError, match=f"generation_kwargs: .*found {words}"):
         HarnessModel(model, BYTE).generate_until(asked("generate_until", ("a", settings)))
+
+
+TALK = [
+    {"role": "system", "content": " Be brief.\r\n\r\n\r\nAlways. "},
+    {"role": "user", "content": "one?\n\ntwo?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "é?"},
+]
+TALKED = "System: Be brief.\nAlways.\n\nUser: one?\ntwo?\n\nAssistant: 1\n\nUser: é?\n\n"
+PROMPTS = {
+    "plain": "Assistant: ",
+    "paragraphs": "Assistant: ",
+    "think": "Assistant: <think",
+    "empty-think": "Assistant: <think>\n</think>\n",
+}
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+def test_conversations_are_in_the_form_of_the_official_models(model, template):
+    adaptor = HarnessModel(model, BYTE, template=template)
+    assert adaptor.apply_chat_template(TALK) == TALKED + PROMPTS[template]
+    # The form that the harness keeps with its results gives the same text.
+    jinja = jinja2.Template(adaptor.chat_template(True))
+    assert jinja.render(messages=TALK, add_generation_prompt=True) == TALKED + PROMPTS[template]
+    assert jinja.render(messages=TALK) == TALKED
+    assert adaptor.chat_template(False) is None
+
+
+def test_a_message_that_is_begun_stays_open(model):
+    adaptor = HarnessModel(model, BYTE)
+    begun = {"role": "assistant", "content": "It is\n\nthe "}
+    text = adaptor.apply_chat_template([*TALK, begun], add_generation_prompt=False)
+    assert text == TALKED + "Assistant: It is\nthe "
+    assert adaptor.apply_chat_template([]) == "Assistant: "
+    assert adaptor.apply_chat_template([], add_generation_prompt=False) == ""
+
+
+def test_a_template_is_chosen_by_its_name_and_keeps_caches_apart(model):
+    adaptor = HarnessModel(model, BYTE)
+    assert adaptor.tokenizer_name == "byte-plain"
+    assert adaptor.chat_template("think") == HarnessModel(model, BYTE, 4, "think").chat_template(
+        True
+    )
+    assert adaptor.tokenizer_name == "byte-think"
+    assert adaptor.apply_chat_template(TALK).endswith("Assistant: <think")
+
+    class Elsewhere(Ended):
+        name = "some where/t.json"
+
+    assert HarnessModel(model, Elsewhere).tokenizer_name == "some__where__t.json-plain"
+    for choose in (adaptor.chat_template, lambda name: HarnessModel(model, BYTE, 4, name)):
+        with pytest.raises(ValueError, match="template: expected one of plain.*found 'alpaca'"):
+            choose("alpaca")
+    with pytest.raises(ValueError, match="role: expected one of .*found 'tool'"):
+        adaptor.apply_chat_template([{"role": "tool", "content": ""}])
+
+
+@pytest.mark.parametrize(("template", "rest"), [("plain", b" no"), ("empty-think", b"\nno")])
+def test_choices_after_a_template_are_scored_with_the_blank_before_them(model, template, rest):
+    adaptor = HarnessModel(model, Ended, template=template)
+    prompt = adaptor.apply_chat_template(TALK)
+    (found,) = adaptor.loglikelihood(asked("loglikelihood", (prompt, "no")))
+    expected = plain(model, [0, *prompt.rstrip().encode()], rest)
+    assert found == (pytest.approx(expected[0], rel=1e-12), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "until", "answer", "stops"),
+    [
+        ("plain", " no\nyes", ["\n", ""], "no\nyes", ["\n\n", "\n"]),
+        ("plain", "\n  x", "y", "\n  x", ["\n\n", "y"]),
+        ("paragraphs", " a\n\nb", None, "a\n\nb", ["\n\nUser:"]),
+        ("think", "> 1\n\n2</think>\n3\n4", ["\n"], "3", ["\n\nUser:"]),
+        ("think", "> 1 2", ["2"], "<think> 1 ", ["\n\nUser:"]),
+        ("empty-think", "\n\n3\n4", "\n", "3", ["\n\nUser:"]),
+    ],
+)
+def test_answers_after_a_template(model, monkeypatch, template, written, until, answer, stops):
+    submitted = []
+
+    class Written:
+        def __init__(self, *arguments, **settings): ...
+
+        def submit(self, request):
+            submitted.append(request)
+            text = written if len(submitted) == 1 else " as it is"
+            return SimpleNamespace(result=lambda: SimpleNamespace(text=text))
+
+    monkeypatch.setattr(harness_model, "Engine", Written)
+    adaptor = HarnessModel(model, Ended, template=template)
+    settings = {"until": until}
+    asks = ((adaptor.apply_chat_template(TALK), settings), ("Q: a? A:", settings))
+    found = adaptor.generate_until(asked("generate_until", *asks))
+    assert found == [answer, " as it is"]
+    assert bytes(submitted[0].tokens[1:]).decode() == TALKED + PROMPTS[template].rstrip()
+    assert list(submitted[0].stop_strings) == stops
+    assert list(submitted[1].stop_strings) == [x for x in until or [] if x]
 
 
 def test_answers_are_kept_where_the_harness_keeps_them(model):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rwkv7.chat import TEMPLATES, Chat
+from rwkv7.chat import Chat, template_called
 from rwkv7.cli import one_line
 from rwkv7.generate import Session
 from rwkv7.nn import RWKV7
@@ -60,9 +60,7 @@ def chat(
     everything else to stderr. By default they are drawn with top-p 0.85, presence 0.2, frequency
     0.2 and decay 0.996.
     """
-    if template not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
-        raise ValueError(f"template: expected one of {known}, found {template!r}")
+    template_called(template)  # an unknown one is said before the model is read
     options.sampler()
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)

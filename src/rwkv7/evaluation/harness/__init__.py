@@ -23,7 +23,8 @@ def register() -> None:
     """Let the harness know the model "rwkv7"; once is enough.
 
     Its arguments are `path` (what `load_model` reads), `tokenizer` (as `get_tokenizer` takes it),
-    `dtype`, `device`, and `slots`, how many texts are written at once.
+    `dtype`, `device`, `slots`, how many texts are written at once, and `template`, of conversations
+    (a name in `rwkv7.chat.TEMPLATES`), which --apply_chat_template may name too.
 
     Raises ValueError where lm-eval is not installed.
     """

@@ -7,6 +7,7 @@ beside those of other models. Imported by name alone: lm-eval has to be installe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
+from rwkv7.chat import template_called
 from rwkv7.engine import Engine, Handle, PrefixCache, Request
 from rwkv7.evaluation import carried_bits, scores_as_they_come
 from rwkv7.machine import device_called, dtype_called
 from rwkv7.nn import RWKV7
 from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import Tokenizer, tokenizer_of
+from rwkv7.turns import END, ROLES, turn
 from rwkv7.weights import load_model
 
 __all__ = ["HarnessModel"]
@@ -29,11 +32,19 @@ CACHE_BYTES = 1 << 30  # of states after beginnings that prompts share
 CARRIED_FROM = 8192  # ids; longer texts are read one by one, in windows
 MAX_TOKENS = 256  # of a text where a task names no limit, as in the harness's own models
 
-_ARGUMENTS = ("path", "tokenizer", "dtype", "device", "slots")
+_ARGUMENTS = ("path", "tokenizer", "dtype", "device", "slots", "template")
 _IGNORED = ("batch_size", "max_batch_size")  # batches are packed by their tokens
 _UNSAID_DEVICE = "cuda:0"  # what the harness's command line says where nobody did
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _CUTS = ("top_k", "top_p", "min_p")
+
+_THOUGHT = "</think>"  # the end of one
+# The form of a conversation as the harness keeps it with its results; a template's opening follows.
+_JINJA = (
+    f"{{% for message in messages %}}{{{{ {ROLES}[message['role']] }}}}: "
+    r"{{ (message['content'] | replace('\r\n', '\n') | trim).split('\n') | select | join('\n') }}"
+    r"{{ '\n\n' }}{% endfor %}"
+)
 
 
 class HarnessModel(TemplateLM):
@@ -46,10 +57,17 @@ class HarnessModel(TemplateLM):
         model: in evaluation mode; on any device.
         tokenizer: the model's.
         slots: how many texts are written at once.
+        template: of conversations, where the harness is asked for them: a name in
+            `rwkv7.chat.TEMPLATES`.
+
+    Raises ValueError for an unknown template.
     """
 
-    def __init__(self, model: RWKV7, tokenizer: Tokenizer, slots: int = 32) -> None:
+    def __init__(
+        self, model: RWKV7, tokenizer: Tokenizer, slots: int = 32, template: str = "plain"
+    ) -> None:
         super().__init__()
+        self._choose(template)
         self._model, self._text, self._slots = model, tokenizer, slots
         self._device = model.device
 
@@ -76,12 +94,38 @@ class HarnessModel(TemplateLM):
             name = None
         model = load_model(str(given["path"]), device=device_called(name), dtype=dtype).eval()
         tokenizer = tokenizer_of(model.config.vocab_size, given.get("tokenizer"))
-        return cls(model, tokenizer, int(given.get("slots", 32)))
+        slots, template = int(given.get("slots", 32)), str(given.get("template", "plain"))
+        return cls(model, tokenizer, slots, template)
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps cached requests apart by."""
-        return self._text.name
+        """What the harness keeps cached requests apart by, in names of files."""
+        return re.sub(r"[^\w.-]+", "__", f"{self._text.name}-{self._name}")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The form of conversations, in Jinja, for the harness to keep; a name chooses a template.
+
+        None for False. ValueError for an unknown name.
+        """
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str):
+            self._choose(chat_template)
+        return f"{_JINJA}{{% if add_generation_prompt %}}{self._prompt}{{% endif %}}"
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, up to where the assistant answers.
+
+        Without `add_generation_prompt` its last message stays open, for the model to go on with.
+        ValueError for what is no message.
+        """
+        text = "".join(f"{name}: {said}{END}" for name, said in map(turn, chat_history))
+        if add_generation_prompt:
+            return text + self._prompt
+        last = chat_history[-1]["content"] if chat_history else ""
+        return text.removesuffix(END) + last[len(last.rstrip()) :]
 
     @property
     def eot_token_id(self) -> int:
@@ -131,7 +175,7 @@ class HarnessModel(TemplateLM):
         for request, handle in zip(
             requests, tqdm(handles, desc="writing", disable=disable_tqdm), strict=True
         ):
-            found.append(handle.result().text)
+            found.append(self._answer(handle.result().text, *request.args))
             self.cache_hook.add_partial("generate_until", request.args, found[-1])
         return found
 
@@ -148,9 +192,23 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
         return found
 
+    def _choose(self, template: str) -> None:
+        self._name, self._template = template, template_called(template)
+        self._opening = self._template.opening or " "
+        if f"{self._opening}>".endswith(_THOUGHT):
+            self._opening += ">\n"  # else a choice that is scored would follow the open tag
+        # The blank at its end belongs to the answer, but the harness's choices have none after a
+        # template: its base class takes it from here to score them, `_request` leaves it out.
+        self._prompt = f"{ROLES['assistant']}:{self._opening}"
+
     def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
         given = {name: x for name, x in settings.items() if x is not None}
-        until = given.pop("until", [])
+        stops = _until(settings)
+        given.pop("until", None)
+        if context.endswith(self._prompt):
+            context = context.rstrip()
+            # A thought may hold what ends the answer after it.
+            stops = [self._template.stop, *([] if self._template.opening else stops)]
         limits = [int(given.pop(name)) for name in _LIMITS if name in given]
         samples = given.pop("do_sample", None)
         temperature = float(given.pop("temperature", 1.0 if samples else 0.0))
@@ -170,11 +228,27 @@ class HarnessModel(TemplateLM):
             max_tokens=limits[0] if limits else MAX_TOKENS,
             sampler=Sampler(chosen, seed=seed, order="hf", **cuts),
             stop_tokens=() if end is None else (end,),
-            stop_strings=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
+            stop_strings=stops,
         )
+
+    def _answer(self, text: str, context: str, settings: Mapping[str, Any]) -> str:
+        """What the harness gets of the text that was written: an answer less the thought."""
+        if not context.endswith(self._prompt):
+            return text
+        if not self._template.opening:
+            return text.removeprefix(" ")
+        answer = (self._opening + text).rpartition(_THOUGHT)[2].lstrip()
+        for stop in _until(settings):
+            answer = answer.partition(stop)[0]
+        return answer
 
     def _after_end(self, ids: list[int]) -> list[int]:
         end = self._text.end_of_document
         if end is None or ids[:1] == [end]:
             return ids or [self.prefix_token_id]
         return [end, *ids]
+
+
+def _until(settings: Mapping[str, Any]) -> list[str]:
+    until = settings.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]

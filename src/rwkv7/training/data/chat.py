@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from rwkv7.files import json_object, write_atomically
 from rwkv7.tokenizer import Tokenizer
+from rwkv7.turns import END, ROLES, turn
 
 from .binidx import open_corpus, token_dtype, write_corpus
 from .corpus import Corpus
@@ -36,7 +36,6 @@ __all__ = [
     "prepare_chat",
 ]
 
-ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 INFO = "chat.json"
 
 
@@ -71,18 +70,11 @@ def chat_parts(messages: Sequence[Any]) -> list[tuple[str, bool]]:
     """
     parts: list[tuple[str, bool]] = []
     for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"role: expected one of {', '.join(ROLES)}, found {role!r}")
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"content: expected text, found {type(content).__name__}")
-        content.encode()  # UnicodeError, a ValueError, for half a surrogate pair
-        content = re.sub(r"\n{2,}", "\n", content.replace("\r\n", "\n")).strip()
-        if role == "assistant":
-            parts += [(f"{ROLES[role]}:", False), (f" {content}\n\n", True)]
+        name, content = turn(message)
+        if name == ROLES["assistant"]:
+            parts += [(f"{name}:", False), (f" {content}{END}", True)]
         else:
-            parts.append((f"{ROLES[role]}: {content}\n\n", False))
+            parts.append((f"{name}: {content}{END}", False))
     if not any(learnt for _, learnt in parts):
         raise ValueError("messages: expected one of the assistant's at least, found none")
     return parts
