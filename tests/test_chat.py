@@ -11,6 +11,7 @@ from rwkv7.chat import Chat
 from rwkv7.generate import Session
 from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import get_tokenizer
+from rwkv7.turns import turn
 
 BYTE = get_tokenizer("byte")
 
@@ -173,3 +174,22 @@ def test_what_is_refused(model):
         chat(model).say(" \n", 9)
     with pytest.raises(ValueError, match="retry: expected an answer"):
         chat(model).retry(9)
+
+
+def test_a_blank_line_does_not_end_a_turn():
+    found = turn({"role": "system", "content": "\n a\r\n\r\n\r\nb\n \n"})
+    assert found == ("System", "a\nb")
+    assert turn({"role": "assistant", "content": ""}) == ("Assistant", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("hello", "role: expected one of system, user, assistant, found None"),
+        ({"role": ["user"], "content": ""}, "role: .*found \\['user'\\]"),
+        ({"role": "user"}, "content: expected text, found NoneType"),
+    ],
+)
+def test_what_is_no_message(message, words):
+    with pytest.raises(ValueError, match=words):
+        turn(message)

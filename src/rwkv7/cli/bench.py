@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .terminal import DeviceName
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,9 +42,7 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="fp64, fp32, bf16 or fp16. Default: fp32, on a GPU bf16.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
-    ] = None,
+    device: DeviceName = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="How many the CPU may use. Default: torch's own.")
     ] = None,
@@ -86,12 +86,16 @@ def bench(
     kind = _dtype(dtype, place)
     plan = _plan(work, shape or [], place, against is not None)
     subjects = _subjects(backend or [], against)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _use(threads)
     out.mkdir(parents=True, exist_ok=True)
     print(f"kept in {_run(plan, kind, place, subjects, profile, out)}")
+
+
+def _use(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _render(file: Path, folder: Path) -> None:

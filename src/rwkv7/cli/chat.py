@@ -19,7 +19,7 @@ from rwkv7.sampling import Sampler
 from rwkv7.tokenizer import Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
+from .terminal import DeviceName, TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
 
 _SUFFIX = ".chat.safetensors"
 _HELP = f"""\
@@ -49,9 +49,7 @@ def chat(
     tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 1024,
     load: Annotated[str | None, typer.Option(help="Begin with what /save kept as NAME.")] = None,
     tokenizer: TokenizerName = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
-    ] = None,
+    device: DeviceName = None,
     options: SamplerOptions = NOTHING_GIVEN,
 ) -> None:
     """Talk with a trained model.

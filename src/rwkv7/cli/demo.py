@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .terminal import DeviceName
+
 if TYPE_CHECKING:
     from rwkv7.generate import Session
     from rwkv7.nn import RWKV7
@@ -41,9 +43,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="A new folder for all results. Default: rwkv7-demo.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
-    ] = None,
+    device: DeviceName = None,
 ) -> None:
     """Verify, train a small model on real text, let it write, stop it and go on.
 

@@ -22,9 +22,12 @@ from rich.table import Table
 from rwkv7.cli import printable
 from rwkv7.evaluation import evaluate_file
 from rwkv7.files import check_destination, write_atomically
-from rwkv7.tokenizer import tokenizer_of
+from rwkv7.nn import RWKV7
+from rwkv7.tokenizer import Tokenizer, tokenizer_of
 
-from .terminal import TokenizerName, check_together, read_model, say
+from .terminal import DeviceName, TokenizerName, check_together, read_model, say
+
+Figures = dict[str, float | int | str]
 
 
 def eval(
@@ -53,9 +56,7 @@ def eval(
         Path | None, typer.Option("--json", help="Write the figures to this file too.")
     ] = None,
     tokenizer: TokenizerName = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
-    ] = None,
+    device: DeviceName = None,
 ) -> None:
     """Measure a model on files.
 
@@ -76,12 +77,7 @@ def eval(
         file.open("rb").close()  # what is not there is said before the model is read
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
-    results: list[dict[str, float | int | str]] = []
-    for file in files or ():
-        say(f"reading {file}")
-        with _bar(file.name) as on_progress:
-            figures = evaluate_file(network, text, file, on_progress)
-        results.append({"file": str(file), **figures})
+    results = [_evaluated(network, text, file) for file in files or ()]
     if tasks:
         from rwkv7.evaluation.harness import evaluate_tasks
 
@@ -91,6 +87,12 @@ def eval(
     _show(results)
     if json_out is not None:
         _keep(json_out, {"model": str(model), "results": results})
+
+
+def _evaluated(model: RWKV7, tokenizer: Tokenizer, file: Path) -> Figures:
+    say(f"reading {file}")
+    with _bar(file.name) as on_progress:
+        return {"file": str(file), **evaluate_file(model, tokenizer, file, on_progress)}
 
 
 @contextlib.contextmanager
@@ -107,7 +109,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _show(results: list[dict[str, float | int | str]]) -> None:
+def _show(results: list[Figures]) -> None:
     table = Table("what", "kind", "figures")
     for result in results:
         figures = ", ".join(

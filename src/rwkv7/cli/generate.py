@@ -14,7 +14,7 @@ from rwkv7.generate import Session
 from rwkv7.tokenizer import StreamDecoder, Tokenizer, tokenizer_of
 
 from .sampler_options import NOTHING_GIVEN, SamplerOptions, with_sampler_options
-from .terminal import TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
+from .terminal import DeviceName, TokenizerName, asked_to_stop, read_model, say, show_whatever_comes
 
 if TYPE_CHECKING:
     from rwkv7.nn import RWKV7
@@ -42,9 +42,7 @@ def generate(
         Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C.")
     ] = None,
     tokenizer: TokenizerName = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda. Default: the best there is.")
-    ] = None,
+    device: DeviceName = None,
     options: SamplerOptions = NOTHING_GIVEN,
 ) -> None:
     """Continue a text with a trained model.

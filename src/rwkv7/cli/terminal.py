@@ -16,6 +16,11 @@ from rwkv7.machine import device_called
 from rwkv7.nn import RWKV7
 from rwkv7.weights import load_model
 
+DeviceName = Annotated[
+    str | None,
+    typer.Option("--device", help="Such as cpu or cuda. Default: the best there is."),
+]
+
 # The option of every verb that turns a model's ids into text.
 TokenizerName = Annotated[
     str | None,
