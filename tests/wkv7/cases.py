@@ -57,6 +57,23 @@ class Case:
         return [dtype, torch.float32 if wide else dtype, *[dtype] * 4, state_dtype(dtype)]
 
 
+# Fewer channels than a chunk has tokens: products cancel, and what was rounded before them shows.
+FEW_CHANNELS = (
+    Case(T=50, H=1, state="none"),
+    Case(
+        H=1, V=64, decay="log_bounded", through="y", values="decay one", offsets=(0, 12, 184, 184)
+    ),
+    Case(
+        decay="log_bounded",
+        state="zero",
+        through="state",
+        values="decay one",
+        offsets=(0, 43, 43, 47, 163, 165, 165),
+        wide_w=True,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Place:
     """A backend, and the device that it is tested on."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from wkv7.cases import (
+    FEW_CHANNELS,
     LENGTHS,
     PACKED,
     STATES,
@@ -46,6 +47,7 @@ CASES = [
         for values in ("model", "same key", "decay floor", "large v")
     ),
     Case(offsets=PACKED, through="y", **WIDEST),
+    *FEW_CHANNELS,
     *(Case(T=70, B=1, decay=decay, wide_w=True, **WIDE) for decay in ("logit", "log_bounded")),
     *(
         Case(values="strong", decay="log", T=T, state=state, through=through)

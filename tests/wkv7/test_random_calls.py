@@ -10,11 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wkv7.cases import STATES, THROUGH, Case, Place, failures, places
+from wkv7.cases import STATES, THROUGH, Case, Place, exact, failures, places
+
+from rwkv7.wkv7.tolerance import GRADIENTS, compare
 
 PARTS = range(40)
 CALLS, CALLS_ON_CPU = 25, 1  # of a part
 LONGEST = 400
+# Rounding alone takes 83 % of what y may be off in bf16; of the few outputs of a short call with
+# few heads it may take all, whatever the backend does. Such a call (1 in 100) is drawn anew.
+SPENT = 0.9
 
 
 def random_case(draw: random.Random) -> Case:
@@ -49,14 +54,23 @@ def random_case(draw: random.Random) -> Case:
     )
 
 
+def spares_a_backend(case: Case, dtype: torch.dtype) -> bool:
+    """Whether exact results, rounded once to the dtypes of a call, keep most of each bound."""
+    right = exact(case, dtype)
+    kinds = {"y": dtype, **dict(zip(GRADIENTS, case.dtypes(dtype), strict=True))}
+    rounded = {name: x.to(kinds.get(name, x.dtype)) for name, x in right.items()}
+    return all(m.error <= SPENT * m.bound for m in compare(rounded, right, dtype).values())
+
+
 def accepted(draw: random.Random, place: Place) -> tuple[Case, torch.dtype]:
     """A random call that the backend takes there, in one of its dtypes."""
     while True:
         case = random_case(draw)
         for fitting in (case, replace(case, K=64, V=64)):
             dtypes = place.dtypes(fitting)
-            if dtypes:
-                return fitting, draw.choice(dtypes)
+            dtype = draw.choice(dtypes) if dtypes else None
+            if dtype and spares_a_backend(fitting, dtype):
+                return fitting, dtype
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -66,3 +80,11 @@ def test_random_calls(place: Place, part: int) -> None:
     for _ in range(CALLS if place.device == "cuda" else CALLS_ON_CPU):
         case, dtype = accepted(draw, place)
         assert not failures(case, place, dtype), (str(case), case.offsets, dtype)
+
+
+def test_a_call_whose_bound_rounding_takes_is_not_accepted() -> None:
+    """128 outputs that take 2.09e-3 when rounded rightly, where 2e-3 are allowed; 1600 others."""
+    few = Case(T=2, B=1, K=64, V=32, decay="log", state="none", values="decay one")
+    assert not spares_a_backend(few, torch.bfloat16)
+    assert spares_a_backend(few, torch.float16)
+    assert spares_a_backend(Case(T=50, H=1, state="none"), torch.bfloat16)

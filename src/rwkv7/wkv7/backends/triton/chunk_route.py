@@ -12,7 +12,16 @@ from rwkv7.wkv7.contract import Call
 from .kernels.gradients import column_gradients, row_gradients
 from .kernels.maps import chunk_maps
 from .kernels.walks import walk_states, walk_states_back
-from .plan import CHUNK, GRADIENTS, MAPS, WALK_BACK, chunk_block, products, walk_for
+from .plan import (
+    CHUNK,
+    GRADIENTS,
+    MAPS,
+    WALK_BACK,
+    chunk_block,
+    products,
+    rounds_scores,
+    walk_for,
+)
 
 
 def chunk_count(call: Call) -> int:
@@ -146,8 +155,7 @@ def backward(
     dlog = call.v.new_empty((n, H, CHUNK, K), dtype=torch.float32)
     options = {
         **sizes, "BV": chunk_block(V), "LOGIT": call.decay == "logit", "PACKED": packed,
-        "HAS_DY": dy is not None, "HOW": how,
-        "COARSE": how == "pair" and dr.dtype == torch.bfloat16,
+        "HAS_DY": dy is not None, "HOW": how, "COARSE": rounds_scores(call),
         "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
     }  # fmt: skip
     row_gradients[(n * H,)](

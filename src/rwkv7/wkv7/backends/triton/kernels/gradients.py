@@ -40,7 +40,7 @@ def _decays(w, inside, t, C: tl.constexpr, LOGIT: tl.constexpr):
 def _score_gradient(
     x, x_power, y, y_power, kept, HOW: tl.constexpr, COARSE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """x·yᵀ of two `halved` tiles where `kept`; COARSE rounds to bf16, enough for bf16 results."""
+    """x·yᵀ of two `halved` tiles where `kept`; COARSE rounds to bf16: see plan.rounds_scores."""
     product = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     product = tl.where(kept, product * x_power[:, None] * y_power[None, :], 0.0)
     if COARSE:
