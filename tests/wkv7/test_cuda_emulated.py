@@ -55,6 +55,31 @@ SEGMENTED = [
 # Gradients through one output alone; the other one's is absent.
 ONE_SIDED = [Case(T=70, through=through, **ONE) for through in ("y", "state")]
 HALF = [Case(T=T, values=values, **ONE) for T, values in ((70, "model"), (130, "same key"))]
+# Few tokens and an empty state: dw is zero, or what a and b receive a few products that cancel.
+# Or the last chunk ends with steps of 16 that have no tokens.
+THREE = {"B": 1, "H": 3}
+FEW_TOKENS = [
+    (Case(T=1, values=values, decay=decay, state=state, through=through, **size), dtype)
+    for values, decay, state, through, size, dtype in (
+        ("model", "log_bounded", "none", "both", {**ONE, "B": 2}, torch.bfloat16),
+        ("large v", "log_bounded", "zero", "both", {**ONE, "B": 2, "H": 3}, torch.bfloat16),
+        ("large v", "log_bounded", "none", "state", {**ONE, "B": 3, "H": 2}, torch.float16),
+    )
+] + [
+    (Case(T=48, state="zero", through="state", **{**ONE, "B": 3, "H": 3}), torch.float16),
+    (
+        Case(T=1, values="decay one", decay="log_bounded", state="zero", **{**ONE, "B": 2}),
+        torch.bfloat16,
+    ),
+    (Case(T=112, values="model", state="random", through="state", **ONE), torch.float16),
+    (Case(T=2, state="none", through="y", **ONE), torch.float16),
+    (Case(T=2, state="none", through="y", **{**BIG, **THREE}), torch.float16),
+    (Case(T=2, values="same key", state="none", through="y", **{**BIG, **THREE}), torch.bfloat16),
+    (
+        Case(T=2, values="same key", state="none", through="y", wide_w=True, **{**BIG, **THREE}),
+        torch.float16,
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +131,11 @@ def test_dw_vanishes_where_there_is_nothing_to_decay(state: str, through: str) -
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_gradients_in_fp16(case: Case) -> None:
     assert not failures(case, CPU, torch.float16)
+
+
+@pytest.mark.parametrize(("case", "dtype"), FEW_TOKENS, ids=str)
+def test_few_tokens(case: Case, dtype: torch.dtype) -> None:
+    assert not failures(case, CPU, dtype)
 
 
 @pytest.mark.parametrize("case", BIG_HEADS, ids=str)
@@ -165,6 +195,8 @@ def test_segments_at_once(case: Case, emulator: Emulator, monkeypatch: pytest.Mo
     "case",
     [
         *(Case(T=T, state=state, **ONE) for T, state in ((1, "none"), (130, "random"))),
+        Case(T=1, state="none", decay="log_bounded", **{**ONE, "B": 2}),
+        Case(T=2, state="none", through="y", **ONE),
         Case(T=300, values="same key", **ONE),
         Case(T=70, decay="log_bounded", wide_w=True, **ONE),
         Case(offsets=PACKED, **{**ONE, "H": 2}),

@@ -75,6 +75,10 @@ static inline float shuffle_from(float x, int lane) {
     float r = exchange_f[warp_id() * LANES + lane]; sync_warp();
     return r;
 }
+static inline bool warp_any(bool x) {
+    for (int mask = 16; mask; mask >>= 1) x |= shuffle_xor(x, mask) != 0;
+    return x;
+}
 static inline float part(u32 pair, int i) { return half_value((u16)(i ? pair >> 16 : pair)); }
 static inline void mma(float d[4], const u32 a[4], u32 b0, u32 b1) {
     u32* mine = exchange_u[current];

@@ -45,6 +45,11 @@ DEVICE char* state_tile(int step) {
 DEVICE char* e_tile(int step) { return shared_memory + E_TILE + (step & PIPELINED) * STATE_TILE; }
 DEVICE char* z_tile(int step) { return shared_memory + Z + (step & PIPELINED) * Z_BYTES; }
 
+// In a sequence of few tokens what reaches a and b is a few products of vectors, Z·V and dY·U, and these
+// may cancel. A chunk whose last step has no tokens is `brief`: its first step has Z and U in two halves,
+// what they lose to fp16 in the last step's rows of V and dY.
+constexpr int SPARE = CHUNK - STEP;
+
 // The largest number of the walking warps, the same for all their threads.
 DEVICE float group_max(float x) {
     float* sums = (float*)z_tile(0);
@@ -106,7 +111,7 @@ DEVICE void store_state(char* tile, const Rows& state) {
 // The states before the steps, and what the steps remove; leaves the state after the chunk, in the
 // units of its last step's middle. Those before steps 2 and 3 (SHARED_TILE: before step 3) go to shared
 // memory, that before step 1 stays with the warp.
-DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[N / 16][4]) {
+DEVICE void rebuild(char* shared, bool brief, Rows& state, u32 u[STEPS][4], u32 second[N / 16][4]) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         const int first = STEP * step;
@@ -129,6 +134,12 @@ DEVICE void rebuild(char* shared, Rows& state, u32 u[STEPS][4], u32 second[N / 1
             as_left(s, &state.s[2 * block]);
             columns_operand(b, shared + MOVE, first, block);
             mma_pair(removed, s, b);
+        }
+        if (step == 0 && brief) {
+            columns_square(b, step_squares(shared, 0) + 3 * SQUARE);
+            mma_pair(removed, v, b);
+            as_left_split(u[0], b, removed);
+            store_transposed(shared + DY, SPARE, warp_id(), b);
         }
         as_left(u[step], removed);
 #pragma unroll
@@ -161,7 +172,7 @@ DEVICE void rebuild_until(char* shared, int until, Rows& state) {
 }
 
 // By rows of V: Z (and E) into shared memory, dv of the step given; the operands dYᵀ and Zᵀ are left.
-DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4], u32 dy[4], u32 high[4]) {
+DEVICE void rows_back(char* shared, int step, bool brief, Rows& E, float dv[2][4], u32 dy[4], u32 high[4]) {
     const int first = STEP * step;
     const char* squares = step_squares(shared, step);
     u32 b[4];
@@ -187,6 +198,10 @@ DEVICE void rows_back(char* shared, int step, Rows& E, float dv[2][4], u32 dy[4]
             mma_pair(dv, e, b);
         }
     }
+    if (GRADIENTS && brief && step == 0) {
+        as_left_split(high, b, z);
+        store_transposed(shared + V, SPARE, warp_id(), b);
+    }
     as_left(high, z);
     if (GRADIENTS) store_transposed(z_tile(step), 0, warp_id(), high);
 }
@@ -206,7 +221,7 @@ DEVICE void pass_back(char* shared, int step, Rows& E, const u32 dy[4], const u3
 }
 
 // A warp's score gradient: dA_rk, dA_rb, dA_ak, dA_ab for warps 0 to 3, in the step's squares.
-DEVICE void score_gradients(char* shared, int step) {
+DEVICE void score_gradients(char* shared, int step, bool brief) {
     const int first = STEP * step, warp = member();
     if (WARPS > 4 && warp > 3) return;
     const char* rows = warp < 2 ? shared + DY : z_tile(step);
@@ -219,6 +234,19 @@ DEVICE void score_gradients(char* shared, int step) {
         columns_operand(b, columns, first, block);
         mma_pair(d, a, b);
     }
+    if (brief && step == 0)
+#pragma unroll 1
+        for (int block = 0; block < N / 16; ++block) {
+            u32 a[4], b[4];
+            if (warp & 1) {
+                left_operand(a, rows, 0, block), columns_operand(b, shared + DY, SPARE, block);
+                mma_pair(d, a, b);
+            }
+            if (warp > 1) {
+                left_operand(a, shared + V, SPARE, block), columns_operand(b, columns, 0, block);
+                mma_pair(d, a, b);
+            }
+        }
     keep_lower(d, warp < 2);
     store_square(step_squares(shared, step) + warp * SQUARE, d);
 }
@@ -266,11 +294,11 @@ DEVICE float* sums_of(char* shared, int warp) {
     return (float*)(step_squares(shared, step) + (3 + more) * SQUARE);
 }
 // Σ_v S ∘ E of the state after the chunk, into shared memory: E rounded as the gradients of the keys
-// will see it, so that a state which began empty leaves nothing.
-DEVICE void passing_on(char* shared, const Rows& state, const Rows& E) {
+// will see it in the last `step` that has tokens, so that a state which began empty leaves nothing.
+DEVICE void passing_on(char* shared, int step, const Rows& state, const Rows& E) {
     float* sums = sums_of(shared, warp_id());
     const int lane = lane_id(), p = (lane & 3) * 2;
-    const float* to_end = step_to_end(shared, STEPS - 1);
+    const float* to_end = step_to_end(shared, step);
     sync_walking();
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
@@ -286,7 +314,7 @@ DEVICE void passing_on(char* shared, const Rows& state, const Rows& E) {
     sync_walking();
 }
 // The sums of the warp's channels: what `after` of finish_step starts from.
-DEVICE void arriving(char* shared, float after[4]) {
+DEVICE void arriving(char* shared, int step, float after[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int channel = 16 * member() + (i >> 1) * 8 + (lane_id() & 3) * 2 + (i & 1);
@@ -294,15 +322,8 @@ DEVICE void arriving(char* shared, float after[4]) {
                    (sums_of(shared, 2)[channel] + sums_of(shared, 3)[channel]);
 #pragma unroll
         for (int warp = 4; warp < WARPS; ++warp) after[i] += sums_of(shared, warp)[channel];
-    }
-}
-
-// A whole tile of finished gradients to memory, by one group.
-DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
-    for (int i = group_thread(); i < CHUNK * PIECES; i += GROUP) {
-        const int row = i >> PIECE_BITS, piece = i & (PIECES - 1);
-        if (row < left)
-            *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
+        // E was taken in the units of the step's middle; of the states only that after the last is.
+        if (step < STEPS - 1) after[i] *= inverse_of(step_to_end(shared, step)[channel]);
     }
 }
 
@@ -319,12 +340,14 @@ DEVICE float scale_back(char* shared, Rows& E, float e_scale) {
     return next;
 }
 
-// The same for V and the state that was saved before the chunk, of whose rows the scales are given.
-DEVICE float scale_values(char* shared, const float* saved_scale) {
+// The same for V and the state that was saved before the chunk, of whose rows the scales are given:
+// all of them 0 if it is `empty`.
+DEVICE float scale_values(char* shared, const float* saved_scale, bool& empty) {
     float k_scales[STEPS], most = 0;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) k_scales[step] = step_scales(shared, step)[1];
     for (int row = lane_id(); row < N; row += 32) most = fmaxf(most, saved_scale[row]);
+    empty = !warp_any(most > 0);
     const float scale =
         power_of_two(group_max(fmaxf(most, largest_scaled(shared + V, k_scales))));
     scale_tile(shared + V, k_scales, inverse_power(scale));
@@ -382,23 +405,26 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
             Rows state;
             u32 second[N / 16][4];
             float after[4], v_scale = 1, unit = 1;
+            bool empty = false;
+            const int steps = (left + STEP - 1) / STEP;  // those behind have no tokens
+            const bool brief = steps < STEPS;
             if (walks) e_scale = scale_back(shared, E, e_scale);
             if (walks && GRADIENTS) {
                 u32 u[STEPS][4];
                 const float* saved_scale = states_scale + index * N;
-                v_scale = scale_values(shared, saved_scale);
+                v_scale = scale_values(shared, saved_scale, empty);
                 unit = v_scale * e_scale;
-                if (PIPELINED && threadIdx.x == 0) *unit_of_block = unit;
+                if (PIPELINED && threadIdx.x == 0) unit_of_block[0] = unit, unit_of_block[1] = empty;
                 read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
-                rebuild(shared, state, u, second);
-                passing_on(shared, state, E);  // waits for all: W is no longer needed
-                if (!PIPELINED) arriving(shared, after);
+                rebuild(shared, brief, state, u, second);
+                passing_on(shared, steps - 1, state, E);  // waits for all: W is no longer needed
+                if (!PIPELINED) arriving(shared, steps - 1, after);
 #pragma unroll
                 for (int step = 0; step < STEPS; ++step)
                     store_transposed(shared + U, STEP * step, warp_id(), u[step]);
             }
 #pragma unroll 1
-            for (int step = STEPS - 1; step >= 0; --step) {
+            for (int step = steps - 1; step >= 0; --step) {
                 float out[2][4] = {};
                 if (SHARED_TILE && GRADIENTS && step < STEPS - 1) {
                     read_saved(state, states + index * N * N, states_scale + index * N,
@@ -417,7 +443,7 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
                     store_state(state_tile(0), state);
                 }
                 u32 dy_rows[4], z_rows[4];
-                if (walks) rows_back(shared, step, E, out, dy_rows, z_rows);
+                if (walks) rows_back(shared, step, brief, E, out, dy_rows, z_rows);
                 if (walks && !(SHARED_TILE && GRADIENTS)) pass_back(shared, step, E, dy_rows, z_rows);
                 if (!GRADIENTS) continue;
                 sync_both();
@@ -431,12 +457,13 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
                     store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
                 }
                 if (by_channels) {
-                    if (PIPELINED && step == STEPS - 1) {
-                        arriving(shared, after), unit = *unit_of_block;
+                    if (PIPELINED && step == steps - 1) {
+                        arriving(shared, steps - 1, after);
+                        unit = unit_of_block[0], empty = unit_of_block[1] != 0;
                         sync_channels();
                     }
                     Gradients d = {};
-                    score_gradients(shared, step);
+                    score_gradients(shared, step, brief);
                     if (SHARED_TILE) {  // the tile has the state; now that has been read, E
                         through_states<true, false>(shared, step, d);
                         sync_block();
@@ -448,7 +475,7 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
                     through_states<!SHARED_TILE, true>(shared, step, d);
                     sync_warp();
                     finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left,
-                                unit, after);
+                                unit, after, empty && step == 0);
                 }
                 if (!PIPELINED) sync_block();
             }

@@ -38,12 +38,15 @@ DEVICE float decay_slope(float w) {  // of the base-e log decay to w
 // By channels: the gradients of the inputs from those of the operands, in place of the operands;
 // dw straight to memory. `after`: what arrives at the log decays of the step's last token from the
 // tokens behind it, for columns 2 (lane % 4) + {0, 1, 8, 9} of the warp's channels; moves on.
+// `begins`: the state before the step is empty, and its first token has nothing to decay: its dw is
+// zero, of which the sums would leave what fp32 loses in them.
 DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* w, char* dw,
-                        i64 stride, int left, float unit, float after[4]) {
+                        i64 stride, int left, float unit, float after[4], bool begins) {
     const int first = STEP * step, lane = lane_id(), q = lane >> 2, warp = member();
     const float* scales = step_scales(shared, step);
     const float r_unit = unit * inverse_power(scales[0]), k_unit = unit * inverse_power(scales[1]);
     const float a_unit = unit * inverse_power(scales[2]), b_unit = unit * scales[2];
+    const float top_unit = begins && q == 0 ? 0.0f : unit;
     const bool top_inside = first + q < left, bottom_inside = first + 8 + q < left;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -92,7 +95,7 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
                            (i ? high_half(*b_bottom) : low_half(*b_bottom)) * d.b[n][2 + i];
             sums_from_each(top, bottom);
             const float behind = after[2 * n + i];
-            dlog[i] = (behind + top - q_top) * unit * decay_slope(w_top[i]);
+            dlog[i] = (behind + top - q_top) * top_unit * decay_slope(w_top[i]);
             dlog[2 + i] = (behind + bottom - q_bottom) * unit * decay_slope(w_bottom[i]);
             after[2 * n + i] = behind + shuffle_from(top, lane & 3);
             const float up_top = exp2_of(g_top), up_bottom = exp2_of(g_bottom);
@@ -114,5 +117,14 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
             if (top_inside) *(u32*)(dw + 2 * top_row) = pack_input(dlog[0], dlog[1]);
             if (bottom_inside) *(u32*)(dw + 2 * bottom_row) = pack_input(dlog[2], dlog[3]);
         }
+    }
+}
+
+// A whole tile of finished gradients to memory, by one group.
+DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
+    for (int i = group_thread(); i < CHUNK * PIECES; i += GROUP) {
+        const int row = i >> PIECE_BITS, piece = i & (PIECES - 1);
+        if (row < left)
+            *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
     }
 }

@@ -15,7 +15,8 @@
 
 constexpr int FORWARD_BYTES = (1 + PIPELINED) * PREPARED_BYTES;
 
-// The state before a chunk, for the backward pass: fp16, a power of two a row.
+// The state before a chunk, for the backward pass: fp16, a power of two a row, or 0 for a row
+// of zeros.
 DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale) {
     const int v = first_row() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
     float top = 0, bottom = 0;
@@ -24,14 +25,17 @@ DEVICE void save_rows(const Rows& state, u16* states, float* scales, float scale
         top = fmaxf(top, fmaxf(fabsf(state.s[n][0]), fabsf(state.s[n][1])));
         bottom = fmaxf(bottom, fmaxf(fabsf(state.s[n][2]), fabsf(state.s[n][3])));
     }
-    top = power_of_two(row_max(top)), bottom = power_of_two(row_max(bottom));
+    top = row_max(top), bottom = row_max(bottom);
+    const bool some_top = top > 0, some_bottom = bottom > 0;
+    top = power_of_two(top), bottom = power_of_two(bottom);
     const float i = inverse_power(top), j = inverse_power(bottom);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
         *(u32*)(states + v * N + 8 * n + p) = pack_half(state.s[n][0] * i, state.s[n][1] * i);
         *(u32*)(states + (v + 8) * N + 8 * n + p) = pack_half(state.s[n][2] * j, state.s[n][3] * j);
     }
-    if ((lane_id() & 3) == 0) scales[v] = top * scale, scales[v + 8] = bottom * scale;
+    if ((lane_id() & 3) != 0) return;
+    scales[v] = some_top ? top * scale : 0.0f, scales[v + 8] = some_bottom ? bottom * scale : 0.0f;
 }
 
 DEVICE void identity(Rows& state) {

@@ -113,6 +113,7 @@ DEVICE u32 max_pair_bf16(u32 x, u32 y) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
