@@ -94,38 +94,38 @@ def test_a_folder_that_cannot_be_written_only_warns(
 
 
 PROGRAM = f"""
-import sys, time
-from pathlib import Path
+import sys
 from rwkv7.wkv7.backends.cuda import compiler, plan
 def compile_kernel(kernel, macros, target):
     print("compiling", flush=True)
-    time.sleep(float(sys.argv[1]))
+    sys.stdin.readline()
     return b"x" * 1_000_000, ""
 compiler.compile_kernel, compiler._version = compile_kernel, lambda: (13, 0)
 print(len(compiler.compiled(plan.KERNELS[0], {MACROS}, "sm_90a")), flush=True)
 """
 
 
-def process(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    """Another process that gets the kernel, whose compilation takes that long."""
+def process(folder: Path) -> subprocess.Popen[str]:
+    """Another process that gets the kernel; if it compiles, until it is told a line."""
     environment = os.environ | {compiler.FOLDER_VARIABLE: str(folder)}
-    command = [sys.executable, "-c", PROGRAM, str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", PROGRAM]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
 
 def test_processes_share_the_folder(tmp_path: Path) -> None:
     """Two at once, one killed while it compiles; then one that finds what they left."""
-    both = [process(tmp_path, 0.2) for _ in range(2)]
-    killed = process(tmp_path, 60)
-    assert killed.stdout is not None and killed.stdout.readline() == "compiling\n"
+    *both, killed = [process(tmp_path) for _ in range(3)]
+    for one in (*both, killed):
+        assert one.stdout is not None and one.stdout.readline() == "compiling\n"
     killed.kill()
     killed.communicate()
     for one in both:
-        assert one.communicate()[0].endswith("1000000\n") and one.returncode == 0
+        assert one.communicate("go on\n")[0] == "1000000\n" and one.returncode == 0
     folder = tmp_path / "kernels"
     assert [path.suffix for path in folder.iterdir()] == [".cubin"]
-    last = process(tmp_path, 60)
-    assert last.communicate()[0] == "1000000\n"  # without compiling
+    last = process(tmp_path)
+    assert last.communicate("go on\n")[0] == "1000000\n"  # without compiling
 
 
 class Driver:
