@@ -12,13 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu check bench clean
+.PHONY: help setup demo test test-gpu sanitize check bench clean
 
 help:
 	@echo "make setup     a virtual environment in $(VENV) with the locked versions"
 	@echo "make demo      set up, then the main job: verify, train on real text, generate (minutes)"
 	@echo "make test      set up, then the tests that need no GPU"
 	@echo "make test-gpu  the tests that need one, with PYTHON's own packages (default: python3)"
+	@echo "make sanitize  the small ones of them under compute-sanitizer's memcheck and racecheck"
 	@echo "make check     set up, then linter, formatter and type checker"
 	@echo "make bench     set up, then time the operator's backends side by side"
 	@echo "make clean     back to a fresh clone"
@@ -52,6 +53,15 @@ test-gpu:
 	@echo "==> Tests marked gpu, with $$($(PYTHON) --version)"
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(PYTHON) -m pytest -m gpu -n $(TEST_JOBS) --maxprocesses 8 \
 	    --timeout 300 --durations 8
+
+# compute-sanitizer comes with the CUDA toolkit.
+sanitize:
+	@for tool in memcheck racecheck; do \
+	    echo "==> $$tool, small calls of every kernel, with $$($(PYTHON) --version)"; \
+	    PYTHONPATH=src compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -m gpu \
+	        tests/wkv7/test_small_launches.py \
+	        tests/nn/fused/test_on_gpu.py::test_the_same_bits_again -k "not long" || exit 1; \
+	done
 
 check: $(READY)
 	@echo "==> Linter, formatter, type checker"
