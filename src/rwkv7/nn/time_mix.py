@@ -20,6 +20,7 @@ from .fused import (
     gated_output,
     key_operands,
     mixed_in_pool_,
+    mixed_value,
     runs_fused_step,
     shifted_mixes,
     time_mix_step_,
@@ -164,8 +165,7 @@ class TimeMix(nn.Module):
         if v_first is None or p.share is None:
             v_first = v
         else:
-            share = torch.sigmoid(self.v0 + p.share)
-            v = torch.addcmul(v, v_first - v, share.to(v.dtype))
+            v = mixed_value(v, v_first, p.share, self.v0, self.heads)
         k, removal, replacement = key_operands(p.k, p.rate, self.a0, self.k_k, self.k_a, self.heads)
         r, w, v = (z.view(k.shape) for z in (p.r, self.w0 + p.w, v))
         return (r, w, k, v, removal, replacement), v_first

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv7.nn.fused import loss_to_gradient_
 from rwkv7.state import wide_dtype
 
 from .batch import IGNORED
@@ -20,7 +21,7 @@ from .batch import IGNORED
 __all__ = ["L2_WRAP", "next_token_loss", "predicted"]
 
 L2_WRAP = 1e-4  # strength of the pull on the largest logit (RWKV-LM, RWKV-v7/train_temp)
-LOGITS_AT_ONCE = 1 << 26  # numbers; 256 MiB in fp32
+LOGITS_AT_ONCE = 1 << 28  # bytes of logits as the head's product gives them
 
 
 def next_token_loss(
@@ -86,21 +87,18 @@ class _HeadLoss(torch.autograd.Function):
         # Pieces of the sum over rows may be rounded to 16 bits, the sum is not.
         dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         loss = features.new_zeros((), dtype=wide)
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // (weight.shape[0] * dtype.itemsize))
         with torch.autocast(features.device.type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, targets.shape[0], rows):
                 some = slice(start, start + rows)
                 x = features[some].to(dtype)
-                logits = (x @ matrix.T).to(wide)
-                loss += _loss_to_gradient_(logits, targets[some], l2_wrap)
-                if not any(wanted):
-                    continue
-                dlogits = logits.to(dtype)
+                logits = x @ matrix.T
+                loss += loss_to_gradient_(logits, targets[some], l2_wrap)
                 if dfeatures is not None:
-                    dfeatures[some] = dlogits @ matrix
+                    dfeatures[some] = logits @ matrix
                 if dweight is not None:
-                    dweight += dlogits.T @ x
+                    dweight += logits.T @ x
         ctx.gradients = dfeatures, None if dweight is None else dweight.to(weight.dtype)
         ctx.denominator = denominator
         return loss / denominator
@@ -129,21 +127,6 @@ def _graph_is_kept() -> bool:
     # torch tells it to its own compiler alone; where it does not tell, the answer is the safe one.
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return bool(tell())
-
-
-def _loss_to_gradient_(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
-    """The sum of the rows' losses; `logits` [R, V] become its gradient, L2Wrap's included."""
-    counted = (targets != IGNORED)[:, None]
-    target = targets[:, None].masked_fill(~counted, 0)
-    wanted = logits.gather(-1, target)
-    largest, where = logits.max(-1, keepdim=True)
-    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    losses = total.log() + (largest - wanted)
-    logits.div_(total)
-    logits.scatter_add_(-1, target, logits.new_full((), -1).expand_as(target))
-    logits.scatter_add_(-1, where, largest * l2_wrap)
-    logits.masked_fill_(~counted, 0)
-    return losses.masked_fill(~counted, 0).sum()
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nn.fused.neighbours import drawn, errors, keys, outcome, output, relu, shift
+from nn.fused.neighbours import drawn, errors, keys, losses, outcome, output, relu, shift, value
 
 from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.nn.fused import use_fused
@@ -25,6 +25,8 @@ PROBLEMS = {
     "keys 128": lambda normal: keys(normal, B=1, T=2500, H=2, N=128),
     "output": lambda normal: output(normal, B=3, T=333, H=5, N=64),
     "output 48": lambda normal: output(normal, B=1, T=2500, H=2, N=48),
+    "value": lambda normal: value(normal, B=3, T=333, H=5, N=64),
+    "value 48": lambda normal: value(normal, B=1, T=2500, H=2, N=48),
     "relu": lambda normal: relu(normal, shape=(3, 333, 1000)),
 }
 
@@ -44,6 +46,22 @@ def test_the_same_bits_again(name):
     problem = PROBLEMS[name](drawn(torch.bfloat16, CUDA))
     first, second = (outcome(problem, torch.bfloat16, fused=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [1, 50, 9001, 65536])
+def test_loss_of_logits_no_less_precise_than_plain_torch(V, dtype):
+    logits = drawn(dtype, CUDA)(300, V, scale=4.0)
+    targets = torch.randint(V, (300,), device=CUDA)
+    targets[::7] = -100
+    exact = losses(logits, targets, torch.float64, fused=False)
+    fused, plain = (losses(logits, targets, dtype, fused=fused) for fused in (True, False))
+    again = losses(logits, targets, dtype, fused=True)
+    for x, y, z, e in zip(fused, plain, again, exact, strict=True):
+        assert torch.equal(x, z)
+        size = e.norm().clamp(min=1e-30)
+        mine, other = (float((part.double() - e).norm() / size) for part in (x, y))
+        assert mine < 1.1 * other + 1e-6
 
 
 def test_they_run_by_themselves():
