@@ -5,13 +5,20 @@ Files are left to `weights`, what a state is to `state`, the loss to `training`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
@@ -22,6 +29,29 @@ from .init import initialise_
 from .linear import Linear
 from .time_mix import TimeMix
 from .token_shift import Packing, Slots, packing, slots_of
+
+# What "cheap" recomputing keeps of a block.
+_DEAR = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.rwkv7.wkv7.default,
+)
+
+
+def _keep_what_is_dear(
+    _: object, operation: object, *__: object, **___: object
+) -> CheckpointPolicy:
+    dear = operation in _DEAR
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# The values of `RWKV7.recompute`, and what torch's checkpointing asks for each.
+_RECOMPUTE: dict[str, Callable[[], tuple[AbstractContextManager, AbstractContextManager]]] = {
+    "cheap": functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear),
+    "layers": noop_context_fn,
+}
+RECOMPUTE = ("nothing", *_RECOMPUTE)
 
 
 class Block(nn.Module):
@@ -81,9 +111,10 @@ class Block(nn.Module):
 class RWKV7(nn.Module):
     """An RWKV-7 language model, with the official checkpoints' parameter names.
 
-    A new model has the official initialisation; `load_model` gives a trained one. With
-    `model.checkpoint_layers = True` a backward pass computes each block again instead of keeping
-    what is in it: the same gradients in less memory and more time.
+    A new model has the official initialisation; `load_model` gives a trained one. `model.recompute`
+    says what a backward pass computes again instead of keeping it, for the same gradients in less
+    memory and more time: "nothing", "cheap" (all of a block but what matrix products and the
+    operator gave), or "layers" (whole blocks).
 
     Args:
         config: the sizes; kept as `model.config`.
@@ -99,7 +130,7 @@ class RWKV7(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_layers = False
+        self.recompute = "nothing"
         V, C = config.vocab_size, config.width
         # Made without memory first: the modules' own initialisation would be thrown away. (An
         # embedding given its weight does not begin with one.)
@@ -195,14 +226,21 @@ class RWKV7(nn.Module):
             if state is not None:
                 return self.ln_out(x), state.clone()
             return self.ln_out(x), ModelState.zeros(self.config, batch, self.dtype, self.device)
+        if self.recompute not in RECOMPUTE:
+            expected = ", ".join(RECOMPUTE)
+            raise ValueError(f"recompute: expected one of {expected}, found {self.recompute!r}")
         v_first, layers = None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
             arguments = (x, v_first, layer, packed, backend, before)
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if self.recompute != "nothing" and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator's state has to be kept.
                 x, v_first, layer = checkpoint(
-                    block, *arguments, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    *arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=_RECOMPUTE[self.recompute],
                 )
             else:
                 x, v_first, layer = block(*arguments)

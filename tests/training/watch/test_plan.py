@@ -20,7 +20,8 @@ SIZES = {"layers": 2, "width": 32, "head_size": 16, "window": 64, "batch": 4, "d
 LESS = {
     "nothing": {},
     "parts": {"accumulate": 4},
-    "layers again": {"checkpoint_layers": True},
+    "layers again": {"recompute": "layers"},
+    "cheap again": {"recompute": "cheap"},
     "windows": {"window": 16, "sequence": 64, "carry": "exact"},
 }
 
@@ -28,7 +29,7 @@ LESS = {
 def really(settings: TrainSettings, text: Path) -> float:
     """The bytes of a step of the run beyond weights and moments, at their most."""
     tuning = _new_model(settings, CPU, find_text([text])).make()
-    tuning.model.checkpoint_layers = settings.checkpoint_layers
+    tuning.model.recompute = settings.recompute
     batch = planned._batch(tuning, settings.batch, settings.sequence or settings.window, CPU)
     step_gradients(tuning, batch, settings)
     tuning.model.zero_grad(set_to_none=True)
