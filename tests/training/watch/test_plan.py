@@ -47,7 +47,7 @@ def test_the_memory_is_that_of_a_step(text: Path, how: str) -> None:
     assert plan.activations + 4 * plan.trained == pytest.approx(expected, rel=0.05)
     if how != "nothing":
         whole = plan_training(SIZES, [text], device=CPU)
-        assert whole.activations is not None and plan.activations < 0.7 * whole.activations
+        assert whole.activations is not None and plan.activations < 0.8 * whole.activations
 
 
 def test_a_step_that_does_not_fit_or_takes_long_is_told_without_being_tried(
