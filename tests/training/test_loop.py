@@ -151,7 +151,7 @@ def test_what_is_computed_again_gives_the_same_bits_in_less_memory() -> None:
     for plain, again in ((0, 2), (1, 3), (0, 4), (1, 5)):
         assert all(map(torch.equal, gradients[plain], gradients[again]))
     nothing, cheap, layers = most
-    assert layers < 0.5 * nothing and cheap < 0.8 * nothing
+    assert layers < 0.5 * nothing and cheap < 0.9 * nothing
 
 
 @pytest.mark.parametrize("carry", ["truncated", "exact"])

@@ -5,24 +5,18 @@ Files are left to `weights`, what a state is to `state`, the loss to `training`.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import checkpoint
 
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
 
+from .again import again, recomputing
 from .before import Before
 from .channel_mix import ChannelMix
 from .init import initialise_
@@ -30,28 +24,7 @@ from .linear import Linear
 from .time_mix import TimeMix
 from .token_shift import Packing, Slots, packing, slots_of
 
-# What "cheap" recomputing keeps of a block.
-_DEAR = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.rwkv7.wkv7.default,
-)
-
-
-def _keep_what_is_dear(
-    _: object, operation: object, *__: object, **___: object
-) -> CheckpointPolicy:
-    dear = operation in _DEAR
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# The values of `RWKV7.recompute`, and what torch's checkpointing asks for each.
-_RECOMPUTE: dict[str, Callable[[], tuple[AbstractContextManager, AbstractContextManager]]] = {
-    "cheap": functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear),
-    "layers": noop_context_fn,
-}
-RECOMPUTE = ("nothing", *_RECOMPUTE)
+RECOMPUTE = ("nothing", "cheap", "layers")
 
 
 class Block(nn.Module):
@@ -89,13 +62,20 @@ class Block(nn.Module):
         if self.ln0 is not None:
             x = self.ln0(x)
         out, v_first, time_shift, wkv = self.att(
-            self.ln1(x), v_first, time_shift, wkv, packed, backend, before
+            *again(self._first_norm, x), v_first, time_shift, wkv, packed, backend, before
         )
         x = x + out
-        out, channel_shift = self.ffn(self.ln2(x), channel_shift, packed, before)
+        (normal,) = again(self._second_norm, x)
+        out, channel_shift = self.ffn(normal, channel_shift, packed, before)
         # Autocast may run layer norms in float32; the state keeps the model's dtype.
         dtype = self.ln1.weight.dtype
         return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
+
+    def _first_norm(self, x: Tensor) -> tuple[Tensor]:
+        return (self.ln1(x),)
+
+    def _second_norm(self, x: Tensor) -> tuple[Tensor]:
+        return (self.ln2(x),)
 
     def step_(
         self, x: Tensor, v_first: Tensor | None, pool: LayerState, slots: Slots
@@ -233,15 +213,14 @@ class RWKV7(nn.Module):
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
             arguments = (x, v_first, layer, packed, backend, before)
-            if self.recompute != "nothing" and torch.is_grad_enabled():
+            if self.recompute == "layers" and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator's state has to be kept.
                 x, v_first, layer = checkpoint(
-                    block,
-                    *arguments,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=_RECOMPUTE[self.recompute],
+                    block, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
+            elif self.recompute == "cheap" and torch.is_grad_enabled():
+                with recomputing():
+                    x, v_first, layer = block(*arguments)
             else:
                 x, v_first, layer = block(*arguments)
             layers.append(layer)

@@ -9,6 +9,7 @@ from nn.fused.neighbours import drawn, errors, keys, losses, outcome, output, re
 from random_model import SMALL, error, random_model, random_state, random_tokens, rows
 from triton_interpreter import load
 
+from rwkv7.nn import RECOMPUTE
 from rwkv7.nn.fused import use_fused
 
 load("rwkv7.nn.fused.kernels", "elements", "heads", "logits", "shift")
@@ -220,9 +221,10 @@ def test_opcheck(carried, monkeypatch):
         outcome(problem, torch.float32, fused=True)
 
 
-def model_outcome(dtype, *, fused, compiled=False):
+def model_outcome(dtype, *, fused, compiled=False, recompute="nothing"):
     """Logits, state and gradients of a packed call with a state."""
     model = random_model(dtype=dtype)
+    model.recompute = recompute
     tokens = random_tokens(SMALL, 1, 12)
     offsets = torch.tensor([0, 5, 5, 6, 12])
     state = random_state(SMALL, 4, dtype)
@@ -241,6 +243,14 @@ def test_a_model(compiled):
         model_outcome(torch.float32, fused=True, compiled=compiled), exact, strict=True
     ):
         assert error(x, e) < 1e-4
+
+
+def test_a_model_that_computes_again_gives_the_same_bits():
+    plain, *others = (
+        model_outcome(torch.float32, fused=True, recompute=kind) for kind in RECOMPUTE
+    )
+    for other in others:
+        assert all(map(torch.equal, plain, other))
 
 
 def test_autocast():

@@ -110,6 +110,27 @@ def test_more_than_two_thousand_million_numbers():
         assert torch.equal(squares[:, -8:], relu(drawn(torch.bfloat16, CUDA)).function(tail)[0])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_cheap_is_computed_again_for_the_same_bits_in_half_the_memory(packed):
+    config = ModelConfig.from_sizes(vocab_size=97, width=256, layers=4)
+    model = RWKV7(config, torch.float32, CUDA)
+    tokens = torch.randint(97, (1, 4096), device=CUDA)
+    offsets = torch.tensor([0, 5, 2000, 4096], device=CUDA) if packed else None
+    gradients, kept = [], []
+    for _ in range(2):  # the first pass compiles
+        gradients, kept = [], []
+        for model.recompute in ("nothing", "cheap"):
+            model.zero_grad()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast(CUDA, torch.bfloat16):
+                features, _ = model.hidden(tokens, cu_seqlens=offsets)
+            kept.append(torch.cuda.memory_allocated() - before)
+            features.square().sum().backward()
+            gradients.append([x.grad for x in model.parameters() if x.grad is not None])
+    assert all(map(torch.equal, *gradients)) and len(gradients[0]) > 50
+    assert kept[1] < 0.6 * kept[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_steps_of_a_model_in_a_cuda_graph(head_size, dtype):

@@ -46,8 +46,9 @@ def test_the_memory_is_that_of_a_step(text: Path, how: str) -> None:
     expected = really(TrainSettings(**given), text)
     assert plan.activations + 4 * plan.trained == pytest.approx(expected, rel=0.05)
     if how != "nothing":
+        most = 0.95 if how == "cheap again" else 0.7
         whole = plan_training(SIZES, [text], device=CPU)
-        assert whole.activations is not None and plan.activations < 0.8 * whole.activations
+        assert whole.activations is not None and plan.activations < most * whole.activations
 
 
 def test_a_step_that_does_not_fit_or_takes_long_is_told_without_being_tried(
