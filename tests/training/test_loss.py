@@ -168,6 +168,21 @@ def test_mixed_precision_multiplies_in_16_bits_and_adds_in_32() -> None:
     assert error(exact.features.grad, dfeatures) < 1e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_on_a_gpu_as_the_formula(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", rows * V * 2)
+    case = make(torch.float32, size=1.0)
+    wanted, dfeatures, dweight = formula(case, B * T - 2)
+    head, features = case.head.cuda(), case.features.detach().cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = next_token_loss(head, features, case.targets.cuda())
+    loss.backward()
+    assert error(loss.cpu(), wanted) < 1e-2
+    assert error(features.grad.cpu(), dfeatures) < 1e-2
+    assert error(head.weight.grad.cpu(), dweight) < 1e-2
+
+
 def test_memory_does_not_grow_with_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 1 << 16)
     width, most = 4, {}

@@ -84,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
         wide, dtype = wide_dtype(features.dtype), _product_dtype(features)
         wanted = [needed and gradients for needed in ctx.needs_input_grad[:2]]
         dfeatures = torch.empty_like(features) if wanted[0] else None
-        # Pieces of the sum over rows may be rounded to 16 bits, the sum is not.
+        # A piece of the sum over rows may be rounded to 16 bits, the sum is not.
         dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         loss = features.new_zeros((), dtype=wide)
         rows = max(1, LOGITS_AT_ONCE // (weight.shape[0] * dtype.itemsize))
@@ -98,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
                 if dfeatures is not None:
                     dfeatures[some] = logits @ matrix
                 if dweight is not None:
-                    dweight += logits.T @ x
+                    _add_product_(dweight, logits, x)
         ctx.gradients = dfeatures, None if dweight is None else dweight.to(weight.dtype)
         ctx.denominator = denominator
         return loss / denominator
@@ -127,6 +127,15 @@ def _graph_is_kept() -> bool:
     # torch tells it to its own compiler alone; where it does not tell, the answer is the safe one.
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return bool(tell())
+
+
+def _add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total [V, C] += x [R, V] transposed times y [R, C]."""
+    # Newer torch adds products of 16 bits up in fp32, in one launch and without rounding them.
+    if total.is_cuda and x.dtype != total.dtype and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, x.T, y, total.dtype, out=total)
+    else:
+        total += x.T @ y
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

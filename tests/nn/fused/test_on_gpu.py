@@ -111,24 +111,31 @@ def test_more_than_two_thousand_million_numbers():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_cheap_is_computed_again_for_the_same_bits_in_half_the_memory(packed):
+def test_what_is_cheap_is_computed_again_in_half_the_memory(packed):
     config = ModelConfig.from_sizes(vocab_size=97, width=256, layers=4)
     model = RWKV7(config, torch.float32, CUDA)
     tokens = torch.randint(97, (1, 4096), device=CUDA)
     offsets = torch.tensor([0, 5, 2000, 4096], device=CUDA) if packed else None
-    gradients, kept = [], []
-    for _ in range(2):  # the first pass compiles
-        gradients, kept = [], []
-        for model.recompute in ("nothing", "cheap"):
-            model.zero_grad()
-            before = torch.cuda.memory_allocated()
-            with torch.autocast(CUDA, torch.bfloat16):
-                features, _ = model.hidden(tokens, cu_seqlens=offsets)
-            kept.append(torch.cuda.memory_allocated() - before)
-            features.square().sum().backward()
-            gradients.append([x.grad for x in model.parameters() if x.grad is not None])
-    assert all(map(torch.equal, *gradients)) and len(gradients[0]) > 50
-    assert kept[1] < 0.6 * kept[0]
+
+    def run(recompute):
+        """The gradients, and the bytes that wait for the backward pass."""
+        model.recompute = recompute
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast(CUDA, torch.bfloat16):
+            features, _ = model.hidden(tokens, cu_seqlens=offsets)
+        kept = torch.cuda.memory_allocated() - before
+        features.square().mean().backward()
+        return {n: x.grad for n, x in model.named_parameters() if x.grad is not None}, kept
+
+    run("nothing")  # compiles
+    (plain, whole), (found, kept) = run("nothing"), run("cheap")
+    repeated, _ = run("nothing")
+    # What torch itself gives the same twice, computing again gives too.
+    same = [name for name, x in plain.items() if torch.equal(x, repeated[name])]
+    differ = [name for name in same if not torch.equal(plain[name], found[name])]
+    assert not differ and len(same) > 100, (differ, plain.keys() - same)
+    assert kept < 0.6 * whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
