@@ -142,6 +142,9 @@ class TrainSettings:
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample_every", self.sample_every >= 0, "at least 0")
+        prompt = self.sample_prompt.encode("utf-8", "replace").decode() == self.sample_prompt
+        self._require("sample_prompt", prompt, "text that can be written as UTF-8")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a whole number of 64 bits")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("on_bad", self.on_bad in ON_BAD, f"one of {', '.join(ON_BAD)}")
