@@ -55,7 +55,7 @@ class Ours:
         self.name = "rwkv7" + (f", backend {backend}" if backend else "")
         self.settings, self._products = settings, products
         self.model = on_backend(config, backend, device)
-        self.model.checkpoint_layers = settings.checkpoint_layers
+        self.model.recompute = settings.recompute
         self.optimizer = make_optimizer(self.model, settings)
 
     def step(self, batch: Batch, number: int) -> tuple[float, float]:

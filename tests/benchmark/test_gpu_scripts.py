@@ -46,10 +46,11 @@ def test_training_speed(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "MOST_STEPS", 3)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--parts", "ours,mfu"])
     module.main()
-    ours, kept, again = _parts(tmp_path)
+    lean, ours, *large = _parts(tmp_path)
+    assert lean["losses"] == ours["losses"]
     assert ours["tokens_a_step"] == 64 and ours["steps"] == 3 and len(ours["losses"]) == 9
-    # The large one is the small one here: computing layers again changes no loss.
-    assert kept["losses"] == pytest.approx(again["losses"], rel=1e-5)
+    # The large one is the small one here: computing again changes no loss.
+    assert len(large) == 3 and all(part["losses"] == large[0]["losses"] for part in large)
 
 
 def test_batches_are_packed_documents(script: Any) -> None:

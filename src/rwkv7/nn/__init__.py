@@ -2,7 +2,7 @@
 
 from .channel_mix import ChannelMix
 from .init import initialise_
-from .model import RWKV7, Block
+from .model import RECOMPUTE, RWKV7, Block
 from .time_mix import TimeMix
 
-__all__ = ["RWKV7", "Block", "ChannelMix", "TimeMix", "initialise_"]
+__all__ = ["RECOMPUTE", "RWKV7", "Block", "ChannelMix", "TimeMix", "initialise_"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv7.config import ModelConfig
 
+from .again import again
 from .before import Before
 from .fused import mixed_in_pool_, shifted_mixes, squared_relu
 from .linear import Linear
@@ -41,8 +42,13 @@ class ChannelMix(nn.Module):
         """(output [B, T, C], shift to carry on [S, C]) from x [B, T, C] and the carried shift."""
         if before is not None:
             shift = before.shift(x, shift)
-        (mixed,), shift = shifted_mixes(x, shift, packed, (self.x_k,))
-        return self._fed(mixed), shift
+
+        def mixes(x: Tensor) -> tuple[Tensor, Tensor]:
+            (mixed,), last = shifted_mixes(x, shift, packed, (self.x_k,))
+            return mixed, last
+
+        mixed, last = again(mixes, x)
+        return self._fed(mixed), last
 
     def step_(self, x: Tensor, shift: Tensor, slots: Slots) -> Tensor:
         """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
@@ -50,4 +56,9 @@ class ChannelMix(nn.Module):
         return self._fed(mixed)
 
     def _fed(self, mixed: Tensor) -> Tensor:
-        return self.value(squared_relu(self.key(mixed)))
+        (squares,) = again(_squares, self.key(mixed))
+        return self.value(squares)
+
+
+def _squares(x: Tensor) -> tuple[Tensor]:
+    return (squared_relu(x),)

@@ -16,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
 
+from .again import again, recomputing
 from .before import Before
 from .channel_mix import ChannelMix
 from .init import initialise_
 from .linear import Linear
 from .time_mix import TimeMix
 from .token_shift import Packing, Slots, packing, slots_of
+
+RECOMPUTE = ("nothing", "cheap", "layers")
 
 
 class Block(nn.Module):
@@ -59,13 +62,20 @@ class Block(nn.Module):
         if self.ln0 is not None:
             x = self.ln0(x)
         out, v_first, time_shift, wkv = self.att(
-            self.ln1(x), v_first, time_shift, wkv, packed, backend, before
+            *again(self._first_norm, x), v_first, time_shift, wkv, packed, backend, before
         )
         x = x + out
-        out, channel_shift = self.ffn(self.ln2(x), channel_shift, packed, before)
+        (normal,) = again(self._second_norm, x)
+        out, channel_shift = self.ffn(normal, channel_shift, packed, before)
         # Autocast may run layer norms in float32; the state keeps the model's dtype.
         dtype = self.ln1.weight.dtype
         return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
+
+    def _first_norm(self, x: Tensor) -> tuple[Tensor]:
+        return (self.ln1(x),)
+
+    def _second_norm(self, x: Tensor) -> tuple[Tensor]:
+        return (self.ln2(x),)
 
     def step_(
         self, x: Tensor, v_first: Tensor | None, pool: LayerState, slots: Slots
@@ -81,9 +91,10 @@ class Block(nn.Module):
 class RWKV7(nn.Module):
     """An RWKV-7 language model, with the official checkpoints' parameter names.
 
-    A new model has the official initialisation; `load_model` gives a trained one. With
-    `model.checkpoint_layers = True` a backward pass computes each block again instead of keeping
-    what is in it: the same gradients in less memory and more time.
+    A new model has the official initialisation; `load_model` gives a trained one. `model.recompute`
+    says what a backward pass computes again instead of keeping it, for the same gradients in less
+    memory and more time: "nothing", "cheap" (all of a block but what matrix products and the
+    operator gave), or "layers" (whole blocks).
 
     Args:
         config: the sizes; kept as `model.config`.
@@ -99,7 +110,7 @@ class RWKV7(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_layers = False
+        self.recompute = "nothing"
         V, C = config.vocab_size, config.width
         # Made without memory first: the modules' own initialisation would be thrown away. (An
         # embedding given its weight does not begin with one.)
@@ -195,15 +206,21 @@ class RWKV7(nn.Module):
             if state is not None:
                 return self.ln_out(x), state.clone()
             return self.ln_out(x), ModelState.zeros(self.config, batch, self.dtype, self.device)
+        if self.recompute not in RECOMPUTE:
+            expected = ", ".join(RECOMPUTE)
+            raise ValueError(f"recompute: expected one of {expected}, found {self.recompute!r}")
         v_first, layers = None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
             arguments = (x, v_first, layer, packed, backend, before)
-            if self.checkpoint_layers and torch.is_grad_enabled():
+            if self.recompute == "layers" and torch.is_grad_enabled():
                 # Nothing in a block is random, so no generator's state has to be kept.
                 x, v_first, layer = checkpoint(
                     block, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
+            elif self.recompute == "cheap" and torch.is_grad_enabled():
+                with recomputing():
+                    x, v_first, layer = block(*arguments)
             else:
                 x, v_first, layer = block(*arguments)
             layers.append(layer)

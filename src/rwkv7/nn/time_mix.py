@@ -13,6 +13,7 @@ from rwkv7.config import ModelConfig
 from rwkv7.state import wide_dtype
 from rwkv7.wkv7 import wkv7, wkv7_step_
 
+from .again import again
 from .before import Before
 from .fused import (
     Projections,
@@ -20,6 +21,7 @@ from .fused import (
     gated_output,
     key_operands,
     mixed_in_pool_,
+    mixed_value,
     runs_fused_step,
     shifted_mixes,
     time_mix_step_,
@@ -98,8 +100,14 @@ class TimeMix(nn.Module):
         """
         if before is not None:
             shift = before.shift(x, shift)
-        mixed, shift = shifted_mixes(x, shift, packed, self._mixes())
-        projections = self._projections(mixed)
+        begun = shift
+
+        def mixes(x: Tensor) -> tuple[Tensor, ...]:
+            mixed, last = shifted_mixes(x, begun, packed, self._mixes())
+            return *mixed, last
+
+        *mixed, shift = again(mixes, x)
+        projections = self._projections(tuple(mixed))
         inputs, v_first = self._operands(projections, v_first)
         if before is None and self._may_step(x, packed, backend):
             state = _zeros(inputs) if state is None else state.clone()
@@ -164,11 +172,20 @@ class TimeMix(nn.Module):
         if v_first is None or p.share is None:
             v_first = v
         else:
-            share = torch.sigmoid(self.v0 + p.share)
-            v = torch.addcmul(v, v_first - v, share.to(v.dtype))
-        k, removal, replacement = key_operands(p.k, p.rate, self.a0, self.k_k, self.k_a, self.heads)
-        r, w, v = (z.view(k.shape) for z in (p.r, self.w0 + p.w, v))
+            (v,) = again(self._mixed_value, v, v_first, p.share)
+        k, removal, replacement = again(self._key_operands, p.k, p.rate)
+        (w,) = again(self._decay, p.w)
+        r, w, v = (z.view(k.shape) for z in (p.r, w, v))
         return (r, w, k, v, removal, replacement), v_first
+
+    def _mixed_value(self, v: Tensor, first: Tensor, share: Tensor) -> tuple[Tensor]:
+        return (mixed_value(v, first, share, self.v0, self.heads),)
+
+    def _key_operands(self, k: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return key_operands(k, rate, self.a0, self.k_k, self.k_a, self.heads)
+
+    def _decay(self, w: Tensor) -> tuple[Tensor]:
+        return (self.w0 + w,)
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:
         # One token a sequence on the CPU, no gradient wanted and no backend named: the step is
@@ -178,8 +195,12 @@ class TimeMix(nn.Module):
 
     def _gated(self, y: Tensor, inputs: Inputs, g: Tensor) -> Tensor:
         r, _, k, v, _, _ = inputs
+        (gated,) = again(self._gated_output, y, r, k, v, g)
+        return self.output(gated)
+
+    def _gated_output(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor]:
         norm = self.ln_x
-        return self.output(gated_output(y, r, k, v, g, self.r_k, norm.weight, norm.bias, norm.eps))
+        return (gated_output(y, r, k, v, g, self.r_k, norm.weight, norm.bias, norm.eps),)
 
 
 def _zeros(inputs: Inputs) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "Batch", "Source"]
+from rwkv7.nn.fused import IGNORED
 
-IGNORED = -100  # a target where nothing is predicted; torch's own value for cross entropy
+__all__ = ["IGNORED", "Batch", "Source"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ class Run:
         self.step = self.saved = step
         self.tokenizer = get_tokenizer(settings.tokenizer)
         self.source = make_source(data, settings)
-        self.model.checkpoint_layers = settings.checkpoint_layers
+        self.model.recompute = settings.recompute
         self.device = team.device
         products = torch.bfloat16 if settings.dtype == "bf16" else self.model.dtype
         self.utilisation = Utilisation(self.model, products)

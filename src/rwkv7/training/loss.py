@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv7.nn.fused import loss_to_gradient_
 from rwkv7.state import wide_dtype
 
 from .batch import IGNORED
@@ -20,7 +21,7 @@ from .batch import IGNORED
 __all__ = ["L2_WRAP", "next_token_loss", "predicted"]
 
 L2_WRAP = 1e-4  # strength of the pull on the largest logit (RWKV-LM, RWKV-v7/train_temp)
-LOGITS_AT_ONCE = 1 << 26  # numbers; 256 MiB in fp32
+LOGITS_AT_ONCE = 1 << 28  # bytes of logits as the head's product gives them
 
 
 def next_token_loss(
@@ -83,24 +84,21 @@ class _HeadLoss(torch.autograd.Function):
         wide, dtype = wide_dtype(features.dtype), _product_dtype(features)
         wanted = [needed and gradients for needed in ctx.needs_input_grad[:2]]
         dfeatures = torch.empty_like(features) if wanted[0] else None
-        # Pieces of the sum over rows may be rounded to 16 bits, the sum is not.
+        # A piece of the sum over rows may be rounded to 16 bits, the sum is not.
         dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         loss = features.new_zeros((), dtype=wide)
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // (weight.shape[0] * dtype.itemsize))
         with torch.autocast(features.device.type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, targets.shape[0], rows):
                 some = slice(start, start + rows)
                 x = features[some].to(dtype)
-                logits = (x @ matrix.T).to(wide)
-                loss += _loss_to_gradient_(logits, targets[some], l2_wrap)
-                if not any(wanted):
-                    continue
-                dlogits = logits.to(dtype)
+                logits = x @ matrix.T
+                loss += loss_to_gradient_(logits, targets[some], l2_wrap)
                 if dfeatures is not None:
-                    dfeatures[some] = dlogits @ matrix
+                    dfeatures[some] = logits @ matrix
                 if dweight is not None:
-                    dweight += dlogits.T @ x
+                    _add_product_(dweight, logits, x)
         ctx.gradients = dfeatures, None if dweight is None else dweight.to(weight.dtype)
         ctx.denominator = denominator
         return loss / denominator
@@ -131,19 +129,13 @@ def _graph_is_kept() -> bool:
     return bool(tell())
 
 
-def _loss_to_gradient_(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
-    """The sum of the rows' losses; `logits` [R, V] become its gradient, L2Wrap's included."""
-    counted = (targets != IGNORED)[:, None]
-    target = targets[:, None].masked_fill(~counted, 0)
-    wanted = logits.gather(-1, target)
-    largest, where = logits.max(-1, keepdim=True)
-    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    losses = total.log() + (largest - wanted)
-    logits.div_(total)
-    logits.scatter_add_(-1, target, logits.new_full((), -1).expand_as(target))
-    logits.scatter_add_(-1, where, largest * l2_wrap)
-    logits.masked_fill_(~counted, 0)
-    return losses.masked_fill(~counted, 0).sum()
+def _add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total [V, C] += x [R, V] transposed times y [R, C]."""
+    # Newer torch adds products of 16 bits up in fp32, in one launch and without rounding them.
+    if total.is_cuda and x.dtype != total.dtype and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.ops.aten.addmm.dtype_out(total, x.T, y, total.dtype, out=total)
+    else:
+        total += x.T @ y
 
 
 def _product_dtype(features: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rwkv7.config import ModelConfig
+from rwkv7.nn import RECOMPUTE
 from rwkv7.tokenizer import get_tokenizer, tokenizer_of
 
 from .carry import CARRY_MODES
@@ -21,7 +22,7 @@ __all__ = ["FREE_ON_RESUME", "TrainSettings", "resumed_settings", "tuning_settin
 
 # Changing these changes what is saved or measured, never a parameter of the model.
 FREE_ON_RESUME = (
-    *("save_every", "eval_every", "eval_tokens", "checkpoint_layers", "parallel"),
+    *("save_every", "eval_every", "eval_tokens", "recompute", "parallel"),
     *("sample_every", "sample_prompt", "tensorboard"),
 )
 DTYPES = ("auto", "fp32", "bf16")
@@ -68,8 +69,10 @@ class TrainSettings:
     accumulate: int = _option(
         1, "parts a step's batch is worked through in; the gradient stays the whole batch's"
     )
-    checkpoint_layers: bool = _option(
-        False, "compute layers again going back instead of keeping what is in them: less memory"
+    recompute: str = _option(
+        "nothing",
+        'computed again going back instead of kept, the same gradients in less memory: "nothing", '
+        'what is "cheap" (all between matrix products and operator), or whole "layers"',
     )
     parallel: str = _option(
         "ddp",
@@ -139,11 +142,15 @@ class TrainSettings:
         self._require("warmup", self.warmup >= 0, "at least 0")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         self._require("sample_every", self.sample_every >= 0, "at least 0")
+        prompt = self.sample_prompt.encode("utf-8", "replace").decode() == self.sample_prompt
+        self._require("sample_prompt", prompt, "text that can be written as UTF-8")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a whole number of 64 bits")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
         self._require("on_bad", self.on_bad in ON_BAD, f"one of {', '.join(ON_BAD)}")
         self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
         self._require("order", not self.chat or self.order == "shuffled", "shuffled with chat")
+        self._require("recompute", self.recompute in RECOMPUTE, f"one of {', '.join(RECOMPUTE)}")
         self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
         self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")

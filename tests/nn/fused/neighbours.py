@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv7.nn.fused import gated_output, key_operands, shifted_mixes, squared_relu, use_fused
+from rwkv7.nn.fused import (
+    gated_output,
+    key_operands,
+    loss_to_gradient_,
+    mixed_value,
+    shifted_mixes,
+    squared_relu,
+    use_fused,
+)
 from rwkv7.nn.token_shift import packing
 
 
@@ -56,6 +64,13 @@ def keys(normal, *, B=2, T=5, H=3, N=8) -> Problem:
     return Problem(lambda *x: key_operands(*x, H), tensors, 3)
 
 
+def value(normal, *, B=2, T=5, H=3, N=8) -> Problem:
+    """Layer 0's value in a later layer's."""
+    C = H * N
+    tensors = [*(normal(B, T, C) for _ in range(3)), normal(C)]
+    return Problem(lambda *x: (mixed_value(*x, H),), tensors, 1)
+
+
 def output(normal, *, B=2, T=5, H=3, N=8) -> Problem:
     """Group norm, bonus and gate."""
     C = H * N
@@ -67,6 +82,15 @@ def output(normal, *, B=2, T=5, H=3, N=8) -> Problem:
 def relu(normal, *, shape=(3, 700)) -> Problem:
     """The squared ReLU."""
     return Problem(lambda x: (squared_relu(x),), [normal(*shape)], 0)
+
+
+def losses(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype, *, fused: bool, l2_wrap: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient that takes the place of the logits."""
+    work = logits.to(dtype, copy=True)
+    with use_fused(fused):
+        return loss_to_gradient_(work, targets, l2_wrap), work
 
 
 def outcome(problem: Problem, dtype: torch.dtype, *, fused: bool) -> list[Tensor]:

@@ -5,13 +5,14 @@ Its 16-bit numbers are truncated, so precision is judged in float32 here and on 
 
 import pytest
 import torch
-from nn.fused.neighbours import drawn, errors, keys, outcome, output, relu, shift
+from nn.fused.neighbours import drawn, errors, keys, losses, outcome, output, relu, shift, value
 from random_model import SMALL, error, random_model, random_state, random_tokens, rows
 from triton_interpreter import load
 
+from rwkv7.nn import RECOMPUTE
 from rwkv7.nn.fused import use_fused
 
-load("rwkv7.nn.fused.kernels", "elements", "heads", "shift")
+load("rwkv7.nn.fused.kernels", "elements", "heads", "logits", "shift")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 NORMAL = drawn(torch.float32)
@@ -68,12 +69,12 @@ def test_gradients_of_outputs_that_are_not_used():
 
 
 @pytest.mark.parametrize("size", [{}, {"N": 64, "B": 1, "T": 40}, {"N": 20}, {"H": 1, "T": 1}])
-@pytest.mark.parametrize("neighbour", [keys, output])
+@pytest.mark.parametrize("neighbour", [keys, output, value])
 def test_what_is_done_to_a_head(neighbour, size):
     check(neighbour(NORMAL, **size))
 
 
-@pytest.mark.parametrize("neighbour", [keys, output])
+@pytest.mark.parametrize("neighbour", [keys, output, value])
 def test_long_sums_give_the_same_gradients(neighbour, monkeypatch):
     monkeypatch.setattr(f"rwkv7.nn.fused.{neighbour.__name__}.rows_apiece", lambda *_, **__: 2)
     check(neighbour(NORMAL, B=1, T=150, H=1, N=16))
@@ -105,8 +106,59 @@ def test_squared_relu(shape):
     assert found[:2].tolist() == [0, torch.inf] and found[2].isnan() and found[3] == 0
 
 
+@pytest.mark.parametrize("V", [1, 5, 4096, 9001])
+def test_loss_and_gradient_of_logits(V):
+    logits = NORMAL(4, V, scale=5.0)
+    logits[1, V // 2] = 300.0  # the rest vanishes beside it
+    targets = torch.tensor([0, V // 2, V - 1, -100])
+    exact, gradient = losses(logits, targets, torch.float64, fused=False)
+    loss, found = losses(logits, targets, torch.float32, fused=True)
+    assert loss == pytest.approx(float(exact), rel=1e-6) and not found[3].any()
+    assert all(error(x, e) < 1e-6 for x, e in zip(found[:3], gradient[:3], strict=True) if e.any())
+
+
+def test_of_equal_logits_the_first_is_pulled():
+    logits = torch.zeros(3, 6000)
+    logits[0, [17, 4113, 5000]] = 2.0
+    logits[1, [4500, 5000]] = 2.0
+    for fused in (True, False):
+        targets = torch.tensor([3, 3, 3])
+        pulled, plain = (
+            losses(logits, targets, torch.float32, fused=fused, l2_wrap=pull)[1]
+            for pull in (0.5, 0.0)
+        )
+        assert (pulled - plain)[:2].nonzero().tolist() == [[0, 17], [1, 4500]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_no_number_is_seen_and_an_ignored_row_is_not(value):
+    logits = NORMAL(2, 5000)
+    logits[0, 4500] = value
+    for fused in (True, False):
+        loss, gradient = losses(logits, torch.tensor([7, 2]), torch.float32, fused=fused)
+        assert loss.isnan() and gradient[0].isnan().any() and gradient[1].isfinite().all()
+        loss, gradient = losses(logits, torch.tensor([-100, 2]), torch.float32, fused=fused)
+        assert loss.isfinite() and not gradient[0].any()
+
+
+def test_a_logit_of_minus_infinity_is_a_token_that_never_comes():
+    logits = NORMAL(1, 4200)
+    logits[0, :4100] = -torch.inf
+    found, expected = (
+        losses(logits, torch.tensor([4150]), dtype, fused=dtype == torch.float32)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert error(found[0], expected[0]) < 1e-6 and error(found[1], expected[1]) < 1e-6
+    assert not found[1][0, :4100].any()
+
+
 def test_no_tokens():
-    for problem in (shift(NORMAL, B=0, T=3), keys(NORMAL, B=0), output(NORMAL, T=0)):
+    for problem in (
+        shift(NORMAL, B=0, T=3),
+        keys(NORMAL, B=0),
+        output(NORMAL, T=0),
+        value(NORMAL, T=0),
+    ):
         found = outcome(problem, torch.float32, fused=True)
         expected = outcome(problem, torch.float64, fused=False)
         assert [x.shape for x in found] == [x.shape for x in expected]
@@ -117,7 +169,7 @@ def test_no_tokens():
 def test_other_dtypes(dtype):
     normal = drawn(dtype)
     for problem in (
-        shift(normal, B=2, T=9, carried=True), keys(normal), output(normal), relu(normal)
+        shift(normal, B=2, T=9, carried=True), *(f(normal) for f in (keys, output, relu, value))
     ):  # fmt: skip
         fused, plain = (errors(problem, dtype, fused=side) for side in (True, False))
         assert max(fused) < torch.finfo(dtype).eps
@@ -130,7 +182,7 @@ def test_other_dtypes(dtype):
 
 def test_strides_of_any_kind():
     for problem in (
-        shift(NORMAL, B=2, T=9, carried=True), keys(NORMAL), output(NORMAL), relu(NORMAL)
+        shift(NORMAL, B=2, T=9, carried=True), *(f(NORMAL) for f in (keys, output, relu, value))
     ):  # fmt: skip
         tensors = [
             torch.stack((x, x), -1)[..., 0] if i < len(problem.tensors) - problem.parameters else x
@@ -155,6 +207,7 @@ def test_opcheck(carried, monkeypatch):
         ("keys", "key_operands"),
         ("output", "gated_output"),
         ("activation", "squared_relu"),
+        ("value", "mixed_value"),
     ):
         monkeypatch.setattr(f"rwkv7.nn.fused.{module}._{name}", checked(name))
     for problem in (
@@ -163,13 +216,15 @@ def test_opcheck(carried, monkeypatch):
         keys(NORMAL),
         output(NORMAL),
         relu(NORMAL),
+        value(NORMAL),
     ):
         outcome(problem, torch.float32, fused=True)
 
 
-def model_outcome(dtype, *, fused, compiled=False):
+def model_outcome(dtype, *, fused, compiled=False, recompute="nothing"):
     """Logits, state and gradients of a packed call with a state."""
     model = random_model(dtype=dtype)
+    model.recompute = recompute
     tokens = random_tokens(SMALL, 1, 12)
     offsets = torch.tensor([0, 5, 5, 6, 12])
     state = random_state(SMALL, 4, dtype)
@@ -188,6 +243,14 @@ def test_a_model(compiled):
         model_outcome(torch.float32, fused=True, compiled=compiled), exact, strict=True
     ):
         assert error(x, e) < 1e-4
+
+
+def test_a_model_that_computes_again_gives_the_same_bits():
+    plain, *others = (
+        model_outcome(torch.float32, fused=True, recompute=kind) for kind in RECOMPUTE
+    )
+    for other in others:
+        assert all(map(torch.equal, plain, other))
 
 
 def test_autocast():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nn.fused.neighbours import drawn, errors, keys, outcome, output, relu, shift
+from nn.fused.neighbours import drawn, errors, keys, losses, outcome, output, relu, shift, value
 
 from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.nn.fused import use_fused
@@ -25,6 +25,8 @@ PROBLEMS = {
     "keys 128": lambda normal: keys(normal, B=1, T=2500, H=2, N=128),
     "output": lambda normal: output(normal, B=3, T=333, H=5, N=64),
     "output 48": lambda normal: output(normal, B=1, T=2500, H=2, N=48),
+    "value": lambda normal: value(normal, B=3, T=333, H=5, N=64),
+    "value 48": lambda normal: value(normal, B=1, T=2500, H=2, N=48),
     "relu": lambda normal: relu(normal, shape=(3, 333, 1000)),
 }
 
@@ -44,6 +46,22 @@ def test_the_same_bits_again(name):
     problem = PROBLEMS[name](drawn(torch.bfloat16, CUDA))
     first, second = (outcome(problem, torch.bfloat16, fused=True) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [1, 50, 9001, 65536])
+def test_loss_of_logits_no_less_precise_than_plain_torch(V, dtype):
+    logits = drawn(dtype, CUDA)(300, V, scale=4.0)
+    targets = torch.randint(V, (300,), device=CUDA)
+    targets[::7] = -100
+    exact = losses(logits, targets, torch.float64, fused=False)
+    fused, plain = (losses(logits, targets, dtype, fused=fused) for fused in (True, False))
+    again = losses(logits, targets, dtype, fused=True)
+    for x, y, z, e in zip(fused, plain, again, exact, strict=True):
+        assert torch.equal(x, z)
+        size = e.norm().clamp(min=1e-30)
+        mine, other = (float((part.double() - e).norm() / size) for part in (x, y))
+        assert mine < 1.1 * other + 1e-6
 
 
 def test_they_run_by_themselves():
@@ -90,6 +108,34 @@ def test_more_than_two_thousand_million_numbers():
         del big
         squares = relu(drawn(torch.bfloat16, CUDA)).function(x)[0]
         assert torch.equal(squares[:, -8:], relu(drawn(torch.bfloat16, CUDA)).function(tail)[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_cheap_is_computed_again_in_half_the_memory(packed):
+    config = ModelConfig.from_sizes(vocab_size=97, width=256, layers=4)
+    model = RWKV7(config, torch.float32, CUDA)
+    tokens = torch.randint(97, (1, 4096), device=CUDA)
+    offsets = torch.tensor([0, 5, 2000, 4096], device=CUDA) if packed else None
+
+    def run(recompute):
+        """The gradients, and the bytes that wait for the backward pass."""
+        model.recompute = recompute
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast(CUDA, torch.bfloat16):
+            features, _ = model.hidden(tokens, cu_seqlens=offsets)
+        kept = torch.cuda.memory_allocated() - before
+        features.square().mean().backward()
+        return {n: x.grad for n, x in model.named_parameters() if x.grad is not None}, kept
+
+    run("nothing")  # compiles
+    (plain, whole), (found, kept) = run("nothing"), run("cheap")
+    repeated, _ = run("nothing")
+    # What torch itself gives the same twice, computing again gives too.
+    same = [name for name, x in plain.items() if torch.equal(x, repeated[name])]
+    differ = [name for name in same if not torch.equal(plain[name], found[name])]
+    assert not differ and len(same) > 100, (differ, plain.keys() - same)
+    assert kept < 0.6 * whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -37,11 +37,11 @@ def settings():
     return TrainSettings(lr=1e-2, weight_decay=0.1, steps=2)
 
 
-def on_ranks(mode, batch, parts, checkpointed):
+def on_ranks(mode, batch, parts, recompute):
     """(loss, norm, gradients, parameters after two steps) of this rank's share, in parts."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     model = random_model(CONFIG, seed=rank)  # the first rank's is to count
-    model.checkpoint_layers = checkpointed
+    model.recompute = recompute
     cards = parallelise(model, mode)
     optimizer = make_optimizer(model, settings())
     mine = share(batch, rank, size)
@@ -75,7 +75,7 @@ def alone(batch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "batch", "parts", "checkpointed"),
+    ("mode", "batch", "parts", "recompute"),
     [
         ("ddp", rows(), 1, False),
         ("ddp", rows(), 2, True),
@@ -86,9 +86,9 @@ def alone(batch):
         ("fsdp", documents(), 3, False),
     ],
 )
-def test_two_ranks_step_as_one_process(ranks, mode, batch, parts, checkpointed):
+def test_two_ranks_step_as_one_process(ranks, mode, batch, parts, recompute):
     expected = alone(batch)
-    for mine in ranks.run(2, on_ranks, mode, batch, parts, checkpointed):
+    for mine in ranks.run(2, on_ranks, mode, batch, parts, recompute):
         for x, y in zip(mine, expected, strict=True):
             assert error(x, y) < BOUND
 

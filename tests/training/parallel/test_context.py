@@ -141,7 +141,7 @@ def kinds_on_ranks(kind):
     tokens, _, weights, _ = problem(2, 12)
     mine = slice(*((0, 7) if torch.distributed.get_rank() == 0 else (7, 12)))
     model = random_model(CONFIG, torch.float32 if kind == "autocast" else torch.float64)
-    model.checkpoint_layers = kind == "checkpointed layers"
+    model.recompute = "layers" if kind == "checkpointed layers" else "nothing"
     context = ContextParallel(model)
     if kind == "no gradient":
         with torch.no_grad():

@@ -95,7 +95,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"accumulate": 2, "sample_every": 3}),
     (3, {"parallel": "fsdp", "eval_every": 3, "save_every": 3, "sample_every": 3}),
-    (2, {"parallel": "fsdp", "accumulate": 2, "pack": True, "checkpoint_layers": True}),
+    (2, {"parallel": "fsdp", "accumulate": 2, "pack": True, "recompute": "layers"}),
     (2, {"pack": True, "accumulate": 3}),
     (2, {"pack": True, "accumulate": 2, "carry": "exact", "sequence": 30}),
     (3, {"carry": "truncated", "sequence": 30}),

@@ -20,7 +20,8 @@ SIZES = {"layers": 2, "width": 32, "head_size": 16, "window": 64, "batch": 4, "d
 LESS = {
     "nothing": {},
     "parts": {"accumulate": 4},
-    "layers again": {"checkpoint_layers": True},
+    "layers again": {"recompute": "layers"},
+    "cheap again": {"recompute": "cheap"},
     "windows": {"window": 16, "sequence": 64, "carry": "exact"},
 }
 
@@ -28,7 +29,7 @@ LESS = {
 def really(settings: TrainSettings, text: Path) -> float:
     """The bytes of a step of the run beyond weights and moments, at their most."""
     tuning = _new_model(settings, CPU, find_text([text])).make()
-    tuning.model.checkpoint_layers = settings.checkpoint_layers
+    tuning.model.recompute = settings.recompute
     batch = planned._batch(tuning, settings.batch, settings.sequence or settings.window, CPU)
     step_gradients(tuning, batch, settings)
     tuning.model.zero_grad(set_to_none=True)
@@ -45,8 +46,9 @@ def test_the_memory_is_that_of_a_step(text: Path, how: str) -> None:
     expected = really(TrainSettings(**given), text)
     assert plan.activations + 4 * plan.trained == pytest.approx(expected, rel=0.05)
     if how != "nothing":
+        most = 0.95 if how == "cheap again" else 0.7
         whole = plan_training(SIZES, [text], device=CPU)
-        assert whole.activations is not None and plan.activations < 0.7 * whole.activations
+        assert whole.activations is not None and plan.activations < most * whole.activations
 
 
 def test_a_step_that_does_not_fit_or_takes_long_is_told_without_being_tried(

@@ -7,6 +7,7 @@ kernels compute in float32 and round once.
 from .activation import squared_relu
 from .keys import key_operands
 from .launch import use_fused
+from .logits import IGNORED, loss_to_gradient_
 from .output import gated_output
 from .shift import shifted_mixes
 from .step import (
@@ -16,13 +17,17 @@ from .step import (
     runs_fused_step,
     time_mix_step_,
 )
+from .value import mixed_value
 
 __all__ = [
+    "IGNORED",
     "Projections",
     "StepParameters",
     "gated_output",
     "key_operands",
+    "loss_to_gradient_",
     "mixed_in_pool_",
+    "mixed_value",
     "runs_fused_step",
     "shifted_mixes",
     "squared_relu",

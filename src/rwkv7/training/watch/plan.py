@@ -120,7 +120,7 @@ def make_plan(
     if free is not None and free < least:
         return plan
     tuning = make()
-    tuning.model.checkpoint_layers = settings.checkpoint_layers
+    tuning.model.recompute = settings.recompute
     every = {id(x): x for m in (tuning.model, tuning.trained) for x in m.parameters()}
     trained = [x for x in tuning.trained.parameters() if x.requires_grad]
     plan = replace(

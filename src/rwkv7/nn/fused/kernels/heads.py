@@ -1,4 +1,4 @@
-"""What is done to one token of one head at a time: the key's operands, and the gated output.
+"""What is done to one token of one head at a time: the value, the key's operands, the gated output.
 
 A program has BT tokens by the N channels of head program_id(1), one vector of C = H·N channels a
 token. Going back it takes several such tiles, and writes its part of the parameters' gradients.
@@ -34,6 +34,65 @@ def _keep_part(pointer, which: tl.constexpr, count: tl.constexpr, tile, H, N: tl
     c = tl.arange(0, BN)
     row = tl.program_id(0).to(tl.int64) * count + which
     tl.store(pointer + (row * H + tl.program_id(1)) * N + c, tl.sum(tile, 0), c < N)
+
+
+@triton.jit(do_not_specialize=["rows", "H"])
+def mixed_value(
+    v_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    share_ptr: tl.tensor,
+    v0_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows: tl.tensor,
+    H: tl.tensor,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """v + (first - v) σ(v0 + share)."""
+    at, inside = _tile(tl.program_id(0) * BT, rows, H, N, BT, BN)
+    v = tl.load(v_ptr + at, inside, other=0.0).to(tl.float32)
+    first = tl.load(first_ptr + at, inside, other=0.0).to(tl.float32)
+    share = tl.load(share_ptr + at, inside, other=0.0).to(tl.float32)
+    out = v + (first - v) * sigmoid(_vector(v0_ptr, N, BN) + share)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "H", "tiles"])
+def mixed_value_back(
+    v_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    share_ptr: tl.tensor,
+    v0_ptr: tl.tensor,
+    dout_ptr: tl.tensor,
+    dv_ptr: tl.tensor,
+    dfirst_ptr: tl.tensor,
+    dshare_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    rows: tl.tensor,
+    H: tl.tensor,
+    tiles: tl.tensor,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dv, dfirst, dshare, and the parts [programs, C] of the gradient of v0."""
+    v0 = _vector(v0_ptr, N, BN)
+    dv0 = tl.zeros([BT, BN], tl.float32)
+    for i in range(tiles):
+        at, inside = _tile((tl.program_id(0) * tiles + i) * BT, rows, H, N, BT, BN)
+        v = tl.load(v_ptr + at, inside, other=0.0).to(tl.float32)
+        first = tl.load(first_ptr + at, inside, other=0.0).to(tl.float32)
+        share = v0 + tl.load(share_ptr + at, inside, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + at, inside, other=0.0).to(tl.float32)
+        s = sigmoid(share)
+        rest = sigmoid(-share)
+        dshare = dout * (first - v) * s * rest
+        tl.store(dv_ptr + at, (dout * rest).to(dv_ptr.dtype.element_ty), inside)
+        tl.store(dfirst_ptr + at, (dout * s).to(dfirst_ptr.dtype.element_ty), inside)
+        tl.store(dshare_ptr + at, dshare.to(dshare_ptr.dtype.element_ty), inside)
+        dv0 += dshare
+    _keep_part(parts_ptr, 0, 1, dv0, H, N, BN)
 
 
 @triton.jit(do_not_specialize=["rows", "H"])
