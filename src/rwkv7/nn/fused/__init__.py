@@ -9,6 +9,14 @@ from .keys import key_operands
 from .launch import use_fused
 from .output import gated_output
 from .shift import shifted_mixes
+from .single import (
+    ChannelMixWeights,
+    Norm,
+    TimeMixWeights,
+    channel_mix_of_one_,
+    runs_single,
+    time_mix_of_one_,
+)
 from .step import (
     Projections,
     StepParameters,
@@ -18,14 +26,20 @@ from .step import (
 )
 
 __all__ = [
+    "ChannelMixWeights",
+    "Norm",
     "Projections",
     "StepParameters",
+    "TimeMixWeights",
+    "channel_mix_of_one_",
     "gated_output",
     "key_operands",
     "mixed_in_pool_",
     "runs_fused_step",
+    "runs_single",
     "shifted_mixes",
     "squared_relu",
+    "time_mix_of_one_",
     "time_mix_step_",
     "use_fused",
 ]
