@@ -1,19 +1,16 @@
 """The demo's training on this CPU, and the same with the recurrence token by token, side by side.
 
-    OMP_NUM_THREADS=2 python benchmarks/cpu_training.py [OUT.json]
+    OMP_NUM_THREADS=2 python benchmarks/cpu_training.py OUT
 
 Whole steps of `rwkv7 demo`'s model on its text: windows, loss with L2Wrap, gradients, clipping and
 AdamW. Only the operator differs: the library's own choice, the backend `reference`, and a tight
-loop of two einsums a token (the `token loop` of `rwkv7 bench`). Prints the median seconds and
-tokens/s of each, and how many times theirs the library reaches. Worth keeping when nothing else
-runs.
+loop of two einsums a token (the `token loop` of `rwkv7 bench`). The median seconds and tokens/s of
+each, and how many times theirs the library reaches. Worth keeping when nothing else runs.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import sys
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +24,9 @@ from torch.nn.utils import clip_grad_norm_
 from rwkv7 import RWKV7, ModelConfig, wkv7
 from rwkv7.benchmark import einsum_loop
 from rwkv7.benchmark.clock import seconds
+from rwkv7.benchmark.record import Record
 from rwkv7.cli.demo import demo_settings
 from rwkv7.demo_text import load_text
-from rwkv7.files import write_atomically
-from rwkv7.machine import describe
 from rwkv7.tokenizer import get_tokenizer
 from rwkv7.training import TrainSettings
 from rwkv7.training.optim import make_optimizer
@@ -92,28 +88,24 @@ def steps(settings: TrainSettings) -> Callable[[], Tensor]:
     return step
 
 
-def main(out: Path | None = None, settings: TrainSettings | None = None) -> dict[str, Any]:
-    """Measure, print, and write to `out`."""
+def main(out: Path, settings: TrainSettings | None = None) -> None:
+    """Measure, print, and keep it in the folder `out`."""
     settings = settings or demo_settings()
     tokens = settings.batch * settings.window
-    figures: dict[str, Any] = {}
+    record = Record(out, "cpu_training", CPU, about=__doc__)
+    speeds: dict[str, float] = {}
     for name, operator in OPERATORS.items():
         with mock.patch("rwkv7.nn.time_mix.wkv7", operator):
             loss = steps(settings)().item()
             taken = seconds(steps(settings), CPU)
-        figures[name] = {"loss": loss, "seconds": taken, "tokens_per_second": tokens / taken}
-        print(f"{name:20}  {taken * 1e3:9.1f} ms a step  {tokens / taken:9,.0f} tokens/s")
-    ours = figures[OURS]["tokens_per_second"]
-    times = {x: ours / found["tokens_per_second"] for x, found in figures.items() if x != OURS}
-    told = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in times.items())
-    print(f"{OURS} is {told}; {torch.get_num_threads()} threads")
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    result = {"date": date, "machine": describe(), "times": times, "figures": figures}
-    if out:
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
-    return result
+        speeds[name] = tokens / taken
+        record.keep({"part": name, "tokens_per_s": speeds[name], "step_s": taken, "loss": loss})
+    for name, speed in speeds.items():
+        if name != OURS:
+            record.keep({"part": f"{OURS} / {name}", "speed": speeds[OURS] / speed})
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="a folder for the JSON file")
+    main(parser.parse_args().out)

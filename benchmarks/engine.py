@@ -12,10 +12,8 @@ with the figures, date, machine and versions. A figure is worth keeping when not
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
-import json
 import os
 import random
 import tempfile
@@ -28,15 +26,22 @@ import torch
 
 from rwkv7 import RWKV7, ModelConfig, ModelState, save_model
 from rwkv7.benchmark.clock import seconds
+from rwkv7.benchmark.record import Record
 from rwkv7.engine import Engine, Request
 from rwkv7.engine.decoder import Decoder
 from rwkv7.engine.pool import Pool
-from rwkv7.machine import best_device, describe, device_called
+from rwkv7.machine import device_called
 from rwkv7.sampling import Sampler
 
-Figures = dict[str, Any]
+Figures = dict[str, dict[str, Any]]
 TINY = ModelConfig.from_sizes(vocab_size=256, width=64, layers=2, head_size=32)
 GREEDY = 0.0
+ABOUT = {
+    "soak": "The engine with many short requests, one in five cancelled: what is left of them.",
+    "mixed": "The engine with requests of mixed lengths, beside full batches of the bare model.",
+    "peer": "Decoding and prefill in float32 on the CPU beside the `rwkv` package, one checkpoint.",
+    "bounds": "Decoding beside the time to read weights and states, prefill beside bare products.",
+}
 
 
 def random_model(
@@ -84,11 +89,16 @@ def soak(model: RWKV7, slots: int, count: int) -> Figures:
     elapsed = time.perf_counter() - start
     after = _memory(model.device)
     return {
-        "requests": count,
-        "ended": reasons,
-        "seconds": elapsed,
-        "slots free at the end": f"{engine.free_slots} of {slots}",
-        "tensors in memory": {"before": before, "after": after},
+        "soak": {
+            "requests": count,
+            "cancelled": reasons["cancelled"],
+            "seconds": elapsed,
+            "slots_free": f"{engine.free_slots} of {slots}",
+            "tensors_before": before["tensors"],
+            "tensors_after": after["tensors"],
+            "memory_before": before,
+            "memory_after": after,
+        }
     }
 
 
@@ -101,9 +111,11 @@ def mixed(model: RWKV7, slots: int, count: int) -> Figures:
     with torch.no_grad():
         once = seconds(lambda: model.hidden(prompt), model.device)
     figures: Figures = {
-        "requests": count,
-        "slots": slots,
-        "bare model": {"decode tokens/s": decode, "prefill tokens/s": prefill_tokens / once},
+        "bare model": {
+            "slots": slots,
+            "decode_tokens_per_s": decode,
+            "prefill_tokens_per_s": prefill_tokens / once,
+        },
     }
     for name, deterministic in (("engine", False), ("deterministic", True)):
         engine = Engine(
@@ -112,12 +124,14 @@ def mixed(model: RWKV7, slots: int, count: int) -> Figures:
         read, drawn, elapsed = _run_mixed(engine, model.config.vocab_size, count, longest)
         ideal = read * once / prefill_tokens + drawn / decode
         figures[name] = {
+            "requests": count,
+            "slots": slots,
             "seconds": elapsed,
-            "drawn tokens/s": drawn / elapsed,
-            "share of the bare model's speed": ideal / elapsed,
+            "drawn_tokens_per_s": drawn / elapsed,
+            "share_of_bare": ideal / elapsed,
         }
     ratio = figures["engine"]["seconds"] / figures["deterministic"]["seconds"]
-    figures["deterministic beside the engine without"] = ratio
+    figures["deterministic / engine"] = {"speed": ratio}
     return figures
 
 
@@ -160,16 +174,20 @@ def peer(config: ModelConfig, length: int) -> Figures:
     at_once = _engine_rate(model, 8)
     one_by_one = _engine_rate(model, 1)
     return {
-        "decode, tokens/s": {"rwkv7": 1 / ours, "rwkv": 1 / theirs, "ratio": theirs / ours},
-        f"prefill of {length}, tokens/s": {
-            "rwkv7": length / our_prefill,
-            "rwkv": length / their_prefill,
-            "ratio": their_prefill / our_prefill,
+        "decode": {
+            "tokens_per_s": 1 / ours,
+            "peer_tokens_per_s": 1 / theirs,
+            "speed": theirs / ours,
         },
-        "eight sequences, tokens/s": {
-            "at once": at_once,
-            "one after another": one_by_one,
-            "ratio": at_once / one_by_one,
+        f"prefill of {length}": {
+            "tokens_per_s": length / our_prefill,
+            "peer_tokens_per_s": length / their_prefill,
+            "speed": their_prefill / our_prefill,
+        },
+        "eight sequences": {
+            "tokens_per_s": at_once,
+            "one_by_one_tokens_per_s": one_by_one,
+            "speed": at_once / one_by_one,
         },
     }
 
@@ -189,17 +207,23 @@ def _engine_rate(model: RWKV7, slots: int) -> float:
 
 
 def bounds(
-    config: ModelConfig, batches: Sequence[int], length: int, compiled: bool = False
+    config: ModelConfig,
+    batches: Sequence[int],
+    length: int,
+    device: torch.device,
+    compiled: bool = False,
 ) -> Figures:
     """Decoding beside the time to read weights and states; prefill beside a bare product's rate."""
-    device = best_device()
     bandwidth, rate = _bandwidth(device), _product_rate(device)
     model = random_model(config, torch.bfloat16, device, compiled)
     # Of the embedding a step reads a row a sequence.
     matrices = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("emb"))
     figures: Figures = {
-        "measured": {"bytes/s": bandwidth, "flop/s": rate},
-        "weights, bytes": 2 * matrices,
+        "measured": {
+            "bytes_per_s": bandwidth,
+            "flops_per_s": rate,
+            "weights_bytes": 2 * matrices,
+        }
     }
     for batch in batches:
         state = ModelState.zeros(config, 1, torch.bfloat16, "meta")
@@ -207,9 +231,9 @@ def bounds(
         bound = (2 * matrices + 2 * batch * size) / bandwidth
         step = _step_seconds(model, batch)
         figures[f"decode, batch {batch}"] = {
-            "seconds": step,
-            "tokens/s": batch / step,
-            "share of the bound": bound / step,
+            "step_s": step,
+            "tokens_per_s": batch / step,
+            "share_of_bound": bound / step,
         }
     tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     with torch.no_grad():
@@ -217,8 +241,8 @@ def bounds(
     head = config.vocab_size * config.width
     figures[f"prefill of {length}"] = {
         "seconds": once,
-        "tokens/s": length / once,
-        "share of the product rate": 2 * (matrices - head) * length / once / rate,
+        "tokens_per_s": length / once,
+        "share_of_products": 2 * (matrices - head) * length / once / rate,
     }
     return figures
 
@@ -271,11 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="a folder for the JSON file")
-    parser.add_argument("part", choices=("soak", "mixed", "peer", "bounds"))
+    parser.add_argument("part", choices=ABOUT)
     parser.add_argument("--model", help="tiny, or a published size such as 0.1b, 1.5b or 7.2b")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--requests", type=int, help="default 10,000 for soak, 1,000 for mixed")
-    parser.add_argument("--device", help="for soak and mixed; default the best there is")
+    parser.add_argument("--device", help="default the best there is; peer has the CPU")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step")
     given = parser.parse_args(arguments)
@@ -283,25 +307,21 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
         torch.set_num_threads(given.threads)
     size = given.model or {"soak": "tiny", "peer": "0.1b"}.get(given.part, "1.5b")
     config = TINY if size == "tiny" else ModelConfig.preset(size)
+    device = torch.device("cpu") if given.part == "peer" else device_called(given.device)
+    record = Record(given.out, f"engine_{given.part}", device, about=ABOUT[given.part])
     if given.part == "peer":
         figures = peer(config, 1024 if size != "tiny" else 64)
     elif given.part == "bounds":
         batches, length = ((1, 320), 4096) if size != "tiny" else ((1, 4), 64)
-        figures = bounds(config, batches, length, given.compile)
+        figures = bounds(config, batches, length, device, given.compile)
     else:
-        device = device_called(given.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = random_model(config, dtype, device, given.compile)
         run, count = (soak, 10_000) if given.part == "soak" else (mixed, 1000)
         figures = run(model, given.slots, given.requests or count)
-    about = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    result = {**about, **describe(), "part": given.part, "model": size}
-    result |= {"compiled": given.compile, "figures": figures}
-    print(json.dumps(figures, indent=2))
-    given.out.mkdir(parents=True, exist_ok=True)
-    stamp = about["date"].replace(":", "").replace("-", "")[:15]
-    path = given.out / f"engine-{given.part}-{size}-{stamp}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    compiled = ", compiled" if given.compile else ""
+    for name, found in figures.items():
+        record.keep({"part": f"{size}{compiled}: {name}", **found})
     return figures
 
 

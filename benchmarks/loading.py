@@ -1,16 +1,16 @@
 """Memory and time of `load_model`, on a checkpoint made here, each form in a process of its own.
 
-    python benchmarks/loading.py [--preset 0.4b] [--device cpu] [--form pth safetensors folder]
+    python benchmarks/loading.py OUT [--preset 0.4b] [--device cpu] [--form pth safetensors folder]
 
-Prints a line of JSON for each form: the peak of the process's memory above what it had before the
-load, as a multiple of the file's size, and the seconds. Pages of a mapped file count. Linux alone
-tells that peak (VmHWM).
+For each form the peak of the process's memory above what it had before the load, as a multiple of
+the file's size, and the seconds. Pages of a mapped file count. Linux alone tells that peak (VmHWM).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from rwkv7 import RWKV7, ModelConfig, save_model
+from rwkv7.benchmark.record import Record
+from rwkv7.machine import device_called
 
 FORMS = {"pth": "model.pth", "safetensors": "model.safetensors", "folder": "model"}
 CHILD = """
@@ -39,9 +41,8 @@ if model.device.type == "cuda":
     torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 peak = memory("VmHWM") - before
-print(json.dumps({"form": path.name, "device": device, "file_mib": round(size / 2**20, 1),
-    "peak_mib": round(peak / 2**20, 1), "copies": round(peak / size, 3),
-    "seconds": round(seconds, 3)}))
+print(json.dumps({"file_mib": round(size / 2**20, 1), "peak_mib": round(peak / 2**20, 1),
+    "copies": round(peak / size, 3), "seconds": round(seconds, 3)}))
 """
 
 
@@ -59,8 +60,9 @@ def random_checkpoint(config: ModelConfig, path: Path) -> int:
 
 
 def main() -> None:
-    """Make, load, print."""
+    """Make, load, keep what it took."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="a folder for the JSON file")
     parser.add_argument("--preset", default="0.4b")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--device", default="cpu")
@@ -70,12 +72,14 @@ def main() -> None:
     config = ModelConfig.preset(arguments.preset)
     changes = {"layers": arguments.layers, "vocab_size": arguments.vocabulary}
     config = dataclasses.replace(config, **{k: x for k, x in changes.items() if x is not None})
+    record = Record(arguments.out, "loading", device_called(arguments.device), about=__doc__)
     with tempfile.TemporaryDirectory() as folder:
         for form in arguments.form:
             path = Path(folder) / FORMS[form]
             size = random_checkpoint(config, path)
             program = [sys.executable, "-c", CHILD, str(path), arguments.device, str(size)]
-            subprocess.run(program, check=True)
+            result = subprocess.run(program, check=True, stdout=subprocess.PIPE)
+            record.keep({"part": f"{arguments.preset}, {form}", **json.loads(result.stdout)})
 
 
 if __name__ == "__main__":

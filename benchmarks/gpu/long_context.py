@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from contestants import on_backend
-from record import Record, release
 from torch import Tensor
 
+from rwkv7.benchmark.record import Record, release
 from rwkv7.config import ModelConfig
 from rwkv7.machine import device_called
 from rwkv7.nn import RWKV7
@@ -33,7 +33,7 @@ def main() -> None:
     """All tokens in windows first, then each length in windows and in one piece."""
     options = _options()
     device = device_called(options.device)
-    record = Record(options.out, "long_context", device, options.limit)
+    record = Record(options.out, "long_context", device, about=__doc__, limit=options.limit)
     config = ModelConfig.preset(options.preset)
     if options.layers:
         config = ModelConfig.from_sizes(

@@ -1,17 +1,16 @@
 """Two models that learn the same real text: this library's recipe, and FLA's model as it comes.
 
     python benchmarks/gpu/loss_curve.py OUT [--limit 570] [--steps 2000]
-    python benchmarks/gpu/loss_curve.py OUT --draw        # the picture again, from the files
+    python benchmarks/gpu/loss_curve.py OUT --draw PICTURE.png     # train nothing, draw the newest
 
 Bytes of the King James text that comes with the package; both sides see the same windows in the
-same order, and the learning rate follows the same schedule. A line of JSON a step and side.
+same order, and the learning rate follows the same schedule. The losses of all steps are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -21,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from contestants import Contestant, Fla, Ours
-from record import Record, release
 
+from rwkv7.benchmark.pages import runs_in
+from rwkv7.benchmark.record import Record, release
 from rwkv7.config import ModelConfig
 from rwkv7.demo_text import load_text, split
 from rwkv7.files import write_atomically
@@ -31,9 +31,10 @@ from rwkv7.tokenizer import ByteTokenizer
 from rwkv7.training import TrainSettings
 from rwkv7.training.batch import Batch
 from rwkv7.training.sources.windows import Windows
+from rwkv7.verification.plot import picture_format
 from rwkv7.verification.untuned import untuned
 
-SIDES = ("rwkv7", "fla")
+LABELS = {"rwkv7": "rwkv7 (official recipe)", "fla": "FLA's default"}
 SMOOTHED = 0.98  # a moving average over some 50 steps
 HELD_OUT_ROWS = 16  # windows of held-out text at a time
 
@@ -42,7 +43,7 @@ def main() -> None:
     """Trains both sides one after the other, then draws both curves."""
     options = _options()
     if options.draw:
-        return draw(options.out)
+        return draw(options.out, options.draw)
     torch.set_float32_matmul_precision("high")
     device = device_called(options.device)
     settings = TrainSettings(
@@ -54,12 +55,11 @@ def main() -> None:
         lr=options.lr,
         lr_final=options.lr / 10,
     )
-    record = Record(options.out, "loss_curve", device, options.limit)
+    record = Record(options.out, "loss_curve", device, about=__doc__, limit=options.limit)
     record.keep({"part": "settings", **settings.to_dict()})
     for side in options.sides.split(","):
         train = functools.partial(_side, side, settings, options, record)
         record.part(side, train, needs=30)
-        draw(options.out)
 
 
 def _options() -> argparse.Namespace:
@@ -67,8 +67,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--sides", default=",".join(SIDES))
-    parser.add_argument("--draw", action="store_true", help="train nothing, draw what is there")
+    parser.add_argument("--sides", default=",".join(LABELS))
+    parser.add_argument(
+        "--draw", type=Path, metavar="PICTURE", help="of what OUT has, .png or .svg"
+    )
     parser.add_argument("--backend", help="the operator's; default: the library's choice")
     parser.add_argument("--device")
     parser.add_argument("--layers", type=int, default=6)
@@ -103,18 +105,22 @@ def _train(
     device, tokenizer = record.device, ByteTokenizer()
     train, held_out = (np.array(tokenizer.encode(text), np.int64) for text in split(load_text()))
     source = Windows(train, window=settings.window, batch=settings.batch, seed=settings.seed)
-    began, stop, loss, step = time.perf_counter(), _share(side, options, record), math.nan, 0
-    with (options.out / f"loss_{side}.jsonl").open("w", encoding="utf-8") as log:
-        for step in range(settings.steps):
-            loss, norm = contestant.step(source.batch(step).to(device), step)
-            log.write(json.dumps({"step": step + 1, "loss": loss, "grad_norm": norm}) + "\n")
-            if record.left() < stop or not math.isfinite(loss):
-                break
-    seconds = time.perf_counter() - began
-    bits = _held_out_bits(contestant, held_out, settings.window, device)
-    found = {"who": contestant.name, "steps": step + 1, "last_loss": loss, "seconds": seconds}
-    count = sum(x.numel() for x in contestant.model.parameters())
-    return found | {"held_out_bits_per_byte": bits, "parameters": count}
+    began, stop = time.perf_counter(), _share(side, options, record)
+    losses: list[float] = []
+    for step in range(settings.steps):
+        loss, _ = contestant.step(source.batch(step).to(device), step)
+        losses.append(round(loss, 4))
+        if record.left() < stop or not math.isfinite(loss):
+            break
+    return {
+        "who": contestant.name,
+        "steps": len(losses),
+        "last_loss": losses[-1],
+        "seconds": time.perf_counter() - began,
+        "held_out_bits_per_byte": _held_out_bits(contestant, held_out, settings.window, device),
+        "parameters": sum(x.numel() for x in contestant.model.parameters()),
+        "losses": losses,
+    }
 
 
 def _share(side: str, options: argparse.Namespace, record: Record) -> float:
@@ -136,7 +142,7 @@ def _contestant(
         return Ours(config, settings, device, backend=options.backend, products=products)
     if side == "fla":
         return Fla(config, settings, device, head="logits", products=products)
-    raise ValueError(f"sides: expected some of {', '.join(SIDES)}, found {side!r}")
+    raise ValueError(f"sides: expected some of {', '.join(LABELS)}, found {side!r}")
 
 
 def _held_out_bits(
@@ -157,26 +163,22 @@ def _rows(text: torch.Tensor, window: int) -> Iterator[torch.Tensor]:
     yield from text.unfold(0, window + 1, window).split(HELD_OUT_ROWS)
 
 
-def draw(folder: Path) -> None:
-    """Both curves, smoothed, into loss_curve.png; nothing where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print("loss_curve.png needs matplotlib; --draw makes it from the files later")
-        return
+def draw(folder: Path, picture: Path) -> None:
+    """The newest curve of each side in the folder's results, and its moving average."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in runs_in(folder) if run["benchmark"] == "loss_curve"]
+    found = {part["part"]: part for run in runs for part in run["parts"] if part.get("losses")}
+    if not found:
+        raise SystemExit(f"{folder}: no loss curve; train first")
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     panel = figure.subplots()
-    bits = _last_bits(folder / "loss_curve.json")
-    for side, color in zip(SIDES, ("C0", "C3"), strict=True):
-        path = folder / f"loss_{side}.jsonl"
-        if not path.is_file():
+    for (side, label), color in zip(LABELS.items(), ("C0", "C3"), strict=True):
+        if side not in found:
             continue
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        steps = [line["step"] for line in lines]
-        losses = [line["loss"] / math.log(2) for line in lines]
-        label = {"rwkv7": "rwkv7 (official recipe)", "fla": "FLA's default"}[side]
-        if side in bits:
-            label += f": held out {bits[side]:.3f}"
+        losses = [loss / math.log(2) for loss in found[side]["losses"]]
+        steps = range(1, len(losses) + 1)
+        label += f": held out {found[side]['held_out_bits_per_byte']:.3f}"
         panel.plot(steps, losses, color=color, alpha=0.15, lw=0.6)
         panel.plot(steps, _smooth(losses), color=color, lw=1.6, label=label)
     panel.set_xlabel("step")
@@ -184,9 +186,10 @@ def draw(folder: Path) -> None:
     panel.set_ylim(1, 4)
     panel.grid(color="0.9")
     panel.legend(frameon=False)
-    figure.suptitle("King James text: same sizes, windows, order, schedule")
-    path = folder / "loss_curve.png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+    devices = " and ".join(dict.fromkeys(run["device"] for run in runs))
+    figure.suptitle(f"King James text: same sizes, windows, order, schedule ({devices})")
+    suffix = picture_format(picture)
+    write_atomically(picture, lambda file: figure.savefig(file, dpi=150, format=suffix))
 
 
 def _smooth(losses: list[float]) -> list[float]:
@@ -197,14 +200,6 @@ def _smooth(losses: list[float]) -> list[float]:
         weight = SMOOTHED * weight + 1 - SMOOTHED
         smoothed.append(total / weight)
     return smoothed
-
-
-def _last_bits(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        return {}
-    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
-    key = "held_out_bits_per_byte"
-    return {part["part"]: part[key] for part in parts if key in part}
 
 
 if __name__ == "__main__":

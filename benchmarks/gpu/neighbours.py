@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from record import Record
 from torch import Tensor
 
 from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.benchmark import clock
+from rwkv7.benchmark.record import Record
 from rwkv7.machine import device_called
 from rwkv7.nn import TimeMix
 from rwkv7.nn.fused import gated_output, key_operands, shifted_mixes, squared_relu, use_fused
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     device = device_called(options.device)
-    record = Record(options.out, "neighbours", device, options.limit)
+    record = Record(options.out, "neighbours", device, about=__doc__, limit=options.limit)
     copied = _copy_speed(device)
     record.keep({"part": "copy", "bytes_per_s": copied})
     for size in options.sizes.split(","):

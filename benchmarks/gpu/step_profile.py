@@ -35,7 +35,7 @@ def regions(model: nn.Module, step: Callable[[], object], device: torch.device) 
     places = _places(list(profiler.events() or ()), gpu)
     total = sum(places.values())
     rows = [
-        {"module": where, "operation": operation, "ms": ms, "share": ms / total}
+        {"part": f"{where}: {operation}", "ms": ms, "share": ms / total}
         for (where, operation), ms in sorted(places.items(), key=lambda item: -item[1])
     ]
     by_module: dict[str, float] = defaultdict(float)
@@ -43,7 +43,7 @@ def regions(model: nn.Module, step: Callable[[], object], device: torch.device) 
         by_module[where] += ms
     _show(found["kernels"], rows)
     modules = dict(sorted(by_module.items(), key=lambda item: -item[1]))
-    return {**found, "places": rows, "modules": modules, "step_ms": total}
+    return {**found, "rows": rows, "modules": modules, "step_ms": total}
 
 
 @contextlib.contextmanager
@@ -135,4 +135,4 @@ def _show(found: list[dict[str, float | str]], rows: list[dict[str, Any]]) -> No
         print(f"{kernel['ms']:9.3f} {kernel['calls']:6.0f}  {str(kernel['kernel'])[:110]}")
     print(f"{'ms':>9} {'share':>6}  module, operation (with its backward pass)")
     for row in rows[: 2 * TOP]:
-        print(f"{row['ms']:9.3f} {row['share']:6.1%}  {row['module']}: {row['operation']}")
+        print(f"{row['ms']:9.3f} {row['share']:6.1%}  {row['part']}")

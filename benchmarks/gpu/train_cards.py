@@ -1,25 +1,22 @@
 """Training on several GPUs: tokens per second beside one GPU, and gradients beside one GPU's.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/gpu/train_cards.py OUT_FOLDER
+    torchrun --standalone --nproc-per-node 2 benchmarks/gpu/train_cards.py OUT
 
 A whole step is timed (forward, backward, clipping, AdamW), fp32 weights and products in bf16, with
-the same number of rows on each card; "ratio" is the speed over that of the first card alone. Then
-one sequence lies in pieces over all cards, and its gradients are compared with one card's. The
-numbers go to OUT_FOLDER/train_cards.json. Without GPUs it runs over Gloo, for a try in small:
+the same number of rows on each card; the speed is over that of the first card alone. Then
+one sequence lies in pieces over all cards, and its gradients are compared with one card's.
+Without GPUs it runs over Gloo, for a try in small:
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/gpu/train_cards.py OUT_FOLDER \\
+    torchrun --standalone --nproc-per-node 2 benchmarks/gpu/train_cards.py OUT \\
         --layers 2 --width 64 --vocabulary 64 --batch 2 --window 64 --steps 2
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from rwkv7 import RWKV7, ModelConfig
-from rwkv7.machine import describe
+from rwkv7.benchmark.record import Record, release
 from rwkv7.nn import initialise_
 from rwkv7.training import TrainSettings
 from rwkv7.training.batch import Batch
@@ -152,19 +149,19 @@ def context_errors(options: argparse.Namespace, device: torch.device) -> dict[st
     edges = [round(options.window * (i / size) ** 1.2) for i in range(size + 1)]
     piece, whole = slice(edges[rank], edges[rank + 1]), slice(None)
     exact = gradients(options, device, torch.float64, whole, False)
-    table: dict[str, Any] = {"tokens_on_each_card": [b - a for a, b in pairwise(edges)]}
+    table: dict[str, Any] = {}
     for name, dtype in (
         ("fp64", torch.float64),
         ("fp32", torch.float32),
         ("bf16", torch.bfloat16),
     ):
-        for where, pieces in (("pieces", True), ("one_card", False)):
+        for where, pieces in (("in pieces", True), ("on one", False)):
             found = gradients(options, device, dtype, piece if pieces else whole, pieces)
             errors = {
                 key: float((found[key].double() - x).norm() / x.norm()) for key, x in exact.items()
             }
             worst = max(errors, key=errors.__getitem__)
-            table[f"{name}_{where}"] = {"worst": errors[worst], "parameter": worst}
+            table[f"{name} {where}"] = {"worst": errors[worst], "worst_parameter": worst}
     return table
 
 
@@ -187,37 +184,28 @@ def main() -> None:
     """Measure on all ranks, write on the first."""
     options = parse()
     with joined() as device:
-        first = dist.get_rank() == 0
-        result: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "machine": describe(),
-            "cards": dist.get_world_size(),
-            "options": {k: v for k, v in vars(options).items() if k != "out"},
-        }
+        cards, first = dist.get_world_size(), dist.get_rank() == 0
+        record = Record(options.out, "train_cards", device, about=__doc__) if first else None
 
-        def note(name: str, value: Any) -> None:
-            result[name] = value
-            if first:
-                print(name, value, flush=True)
-                options.out.mkdir(parents=True, exist_ok=True)
-                path = options.out / "train_cards.json"
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        def note(name: str, **figures: Any) -> None:
+            if record:
+                record.keep({"part": f"{name}, {cards} cards", **figures})
 
         # All cards at once would heat and clock alike; the others wait for the first.
         speed = torch.zeros((), dtype=torch.float64, device=device)
         if first:
             speed += one_card(options, device)
         dist.broadcast(speed, 0)
-        note("one_card_tokens_per_second", float(speed))
+        alone = float(speed)
+        note("one of", tokens_per_s=alone, speed=1.0)
         for mode in ("ddp", "fsdp"):
-            fast = all_cards(options, device, mode)
-            note(f"{mode}_tokens_per_second", fast)
-            note(f"{mode}_ratio", fast / float(speed))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            together = all_cards(options, device, mode)
+            note(mode, tokens_per_s=together, speed=together / alone)
+            release(device)
         options.layers = options.context_layers
         options.vocabulary = min(options.vocabulary, 4096)
-        note("context_errors", context_errors(options, device))
+        for name, worst in context_errors(options, device).items():
+            note(f"one sequence, {name}", **worst)
 
 
 if __name__ == "__main__":

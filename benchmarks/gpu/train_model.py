@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from contestants import Contestant, Fla, Ours
-from record import Record, release
 from step_profile import regions
 
+from rwkv7.benchmark.record import Record, release
 from rwkv7.config import ModelConfig
 from rwkv7.machine import device_called
 from rwkv7.nn.fused import use_fused
@@ -46,19 +46,25 @@ def main() -> None:
 def _measure(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")  # both sides; the peer's loss has fp32 products
     device = device_called(options.device)
-    record = Record(options.out, "train_model", device, options.limit)
-    parts = options.parts.split(",")
-    config = ModelConfig.from_sizes(
-        vocab_size=options.vocabulary, width=options.width, layers=options.layers
-    )
     if options.profile:
-        batches = _batches(options.rows[-1], options.window, config.vocab_size, device)
-        record.part("profile", lambda: _profile(config, batches, device, options))
-        return
+        return _profile(device, options)
+    record = Record(options.out, "train_model", device, about=__doc__, limit=options.limit)
+    parts = options.parts.split(",")
+    config = _small(options)
     if "ours" in parts or "fla" in parts:
         _side_by_side(record, config, parts, options)
     if "mfu" in parts:
         _utilisation(record, options)
+
+
+def _small(options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig.from_sizes(
+        vocab_size=options.vocabulary, width=options.width, layers=options.layers
+    )
+
+
+def _called(config: ModelConfig, rows: int) -> str:
+    return f"ours, L{config.layers} C{config.width}, {rows} rows"
 
 
 def _options() -> argparse.Namespace:
@@ -110,7 +116,7 @@ def _measure_ours(
     def build() -> Contestant:
         return Ours(config, settings, device, backend=options.backend, products=products)
 
-    name = f"ours, L{config.layers} C{config.width}, {rows} rows"
+    name = _called(config, rows)
     name += ", layers computed again" if again else ""
     return record.part(name, lambda: _speed(build, batches, device), needs=30)
 
@@ -229,17 +235,26 @@ def _batches(rows: int, window: int, vocabulary: int, device: torch.device) -> l
     return batches
 
 
-def _profile(
-    config: ModelConfig, batches: list[Batch], device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
-    settings = TrainSettings(layers=config.layers, width=config.width)
-    ours = Ours(
-        config, settings, device, backend=options.backend, products=getattr(torch, options.products)
+def _profile(device: torch.device, options: argparse.Namespace) -> None:
+    """Where a step of ours spends its time, at the last number of rows."""
+    about = (
+        "Where the time of a training step goes: modules and their operations, backward included."
     )
-    for i in range(WARM_UP):
-        ours.step(batches[i % BATCHES], i)
-    found = regions(ours.model, lambda: ours.step(batches[0], WARM_UP), device)
-    return {"who": ours.name, "tokens_a_step": batches[0].inputs.numel(), **found}
+    record = Record(options.out, "train_profile", device, about=about, limit=options.limit)
+    config, rows = _small(options), options.rows[-1]
+    settings = TrainSettings(layers=config.layers, width=config.width)
+    products = getattr(torch, options.products)
+    batches = _batches(rows, options.window, config.vocab_size, device)
+
+    def measure() -> dict[str, Any]:
+        ours = Ours(config, settings, device, backend=options.backend, products=products)
+        for i in range(WARM_UP):
+            ours.step(batches[i % BATCHES], i)
+        found = regions(ours.model, lambda: ours.step(batches[0], WARM_UP), device)
+        return {"who": ours.name, "tokens_a_step": batches[0].inputs.numel(), **found}
+
+    plain = ", plain neighbours" if options.plain else ""
+    record.part(_called(config, rows) + plain, measure)
 
 
 if __name__ == "__main__":

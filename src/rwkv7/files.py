@@ -171,7 +171,7 @@ def _pytorch_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     return content, mapped
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Have `write` make a temporary file beside `path`, then move it there in one step.
 
     Whatever fails (a full disk, Ctrl-C, an error in `write`), the file that was there before stays

@@ -26,8 +26,9 @@ from rwkv7.benchmark import (
     update_tables,
 )
 from rwkv7.benchmark.clock import kernels, peak_mib, seconds
+from rwkv7.benchmark.document import BEGIN, END
 from rwkv7.benchmark.sample import Judge, Sample
-from rwkv7.benchmark.table import BEGIN, END, row
+from rwkv7.benchmark.table import row
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.registry import backend_names
 from rwkv7.wkv7.tolerance import RESULTS, relative_error
@@ -273,7 +274,7 @@ def test_tables_hold_the_newest_results_and_nothing_else_changes(tmp_path):
     run_file(tmp_path, "2026-01-15", 0.007)
     document = tmp_path / "README.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter — ü\n", encoding="utf-8")
-    assert update_tables(document, results_in(tmp_path)) == 2
+    assert update_tables(document, tmp_path) == 2
     text = document.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter — ü\n")
@@ -285,7 +286,7 @@ def test_tables_hold_the_newest_results_and_nothing_else_changes(tmp_path):
     assert "cuda" not in text
     assert "2 threads" in text
     once = text
-    update_tables(document, results_in(tmp_path))
+    update_tables(document, tmp_path)
     assert document.read_text(encoding="utf-8") == once
 
 
@@ -293,7 +294,7 @@ def test_speed_is_against_the_peer_where_there_is_one(tmp_path):
     run_file(tmp_path, "2026-01-01", 0.002, peer=0.006)
     document = tmp_path / "README.md"
     document.write_text(f"{BEGIN}{END}")
-    update_tables(document, results_in(tmp_path))
+    update_tables(document, tmp_path)
     assert "| torch | 2.00 ms | 3.00x | 4.00 ms | 1.50x |" in document.read_text()
     assert "| theirs | 6.00 ms | 1.00x |" in document.read_text()
 
@@ -328,7 +329,7 @@ def test_a_document_without_markers_is_left_alone(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("nothing here")
     with pytest.raises(ValueError, match=r"README\.md: expected the lines"):
-        update_tables(document, results_in(tmp_path))
+        update_tables(document, tmp_path)
     assert document.read_text() == "nothing here"
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv7.benchmark.pages import run_tables, runs_in
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "engine.py"
 
 
@@ -26,11 +28,14 @@ def test_every_part_runs_and_leaves_its_figures(part, options, tmp_path, capsys,
     figures = runpy.run_path(str(SCRIPT))["main"]([str(tmp_path), part, *options])
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
-    assert result["figures"] == json.loads(json.dumps(figures))
-    assert result["torch"] == torch.__version__
-    assert {"date", "processor", "threads", "model"} <= set(result)
+    kept = {found.pop("part"): found for found in result["parts"] if found.pop("at_s") >= 0}
+    assert kept == {f"tiny: {name}": found for name, found in figures.items()}
+    assert result["machine"]["torch"] == torch.__version__
+    assert {"date", "device", "threads", "command"} <= set(result)
+    (run,) = runs_in(tmp_path)
+    assert result["about"] in run_tables([run])[0]
     if part == "soak":
-        assert figures["slots free at the end"] == "32 of 32"
-        before, after = figures["tensors in memory"].values()
-        assert before == after
-        assert sum(figures["ended"].values()) == 40
+        found = figures["soak"]
+        assert found["slots_free"] == "32 of 32"
+        assert found["memory_before"] == found["memory_after"]
+        assert found["requests"] == 40 and 0 < found["cancelled"] < 40

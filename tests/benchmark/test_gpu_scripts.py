@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from rwkv7.benchmark.pages import run_tables, runs_in
+from rwkv7.benchmark.record import Record
+
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "gpu"
 SMALL = ["--device", "cpu", "--layers", "2", "--width", "64"]
 
@@ -29,8 +32,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def _parts(path: Path) -> list[dict[str, Any]]:
+def _parts(folder: Path) -> list[dict[str, Any]]:
+    """Of the one file that the folder has; a page can be made of it."""
+    (path,) = folder.glob("*.json")
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    assert len(run_tables(runs_in(folder))) == 1
     return found
 
 
@@ -40,7 +46,7 @@ def test_training_speed(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "MOST_STEPS", 3)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--parts", "ours,mfu"])
     module.main()
-    ours, kept, again = _parts(tmp_path / "train_model.json")
+    ours, kept, again = _parts(tmp_path)
     assert ours["tokens_a_step"] == 64 and ours["steps"] == 3 and len(ours["losses"]) == 9
     # The large one is the small one here: computing layers again changes no loss.
     assert kept["losses"] == pytest.approx(again["losses"], rel=1e-5)
@@ -60,11 +66,11 @@ def test_batches_are_packed_documents(script: Any) -> None:
 def test_where_a_step_spends_its_time(script: Any, tmp_path: Path) -> None:
     sizes = "--vocabulary 256 --window 32 --rows 2 --profile"
     script("train_model", str(tmp_path), *sizes.split()).main()
-    (part,) = _parts(tmp_path / "train_model.json")
-    places = {(row["module"], row["operation"]) for row in part["places"]}
-    assert {("TimeMix in Block", "rwkv7::wkv7"), ("ChannelMix in Block", "aten::square")} <= places
-    assert part["step_ms"] == pytest.approx(sum(row["ms"] for row in part["places"]))
-    operator = next(row for row in part["places"] if row["operation"] == "rwkv7::wkv7")
+    (part,) = _parts(tmp_path)
+    places = {row["part"]: row for row in part["rows"]}
+    operator = places["TimeMix in Block: rwkv7::wkv7"]
+    assert "ChannelMix in Block: aten::square" in places
+    assert part["step_ms"] == pytest.approx(sum(row["ms"] for row in part["rows"]))
     # Going back through the operator counts as the operator's: most of a step this small.
     assert operator["share"] > 0.3
 
@@ -74,23 +80,25 @@ def test_loss_curve(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     module = script("loss_curve", str(tmp_path), *sizes.split())
     monkeypatch.setattr(module, "split", lambda text: (text[:500], text[500:600]))
     module.main()
-    lines = (tmp_path / "loss_rwkv7.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
-    _, side = _parts(tmp_path / "loss_curve.json")
+    _, side = _parts(tmp_path)
+    assert len(side["losses"]) == 4 and side["losses"][-1] == pytest.approx(side["last_loss"])
     assert 0 < side["held_out_bits_per_byte"] < 9
-    assert (tmp_path / "loss_curve.png").stat().st_size > 0
+    picture = tmp_path / "curve.png"
+    monkeypatch.setattr(sys, "argv", ["loss_curve", str(tmp_path), "--draw", str(picture)])
+    module.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_long_context(script: Any, tmp_path: Path) -> None:
     sizes = "--tokens 96 --window 16 --lengths 50 --dtype float32"
     script("long_context", str(tmp_path), *sizes.split()).main()
-    difference = _parts(tmp_path / "long_context.json")[-1]
+    difference = _parts(tmp_path)[-1]
     assert difference["part"] == "50 tokens, difference"
     assert difference["whole"] < 1e-5 and difference["worst"] < 1e-4
 
 
-def test_a_part_that_fails_or_comes_too_late_is_kept_as_such(script: Any, tmp_path: Path) -> None:
-    record = script("record").Record(tmp_path, "some", torch.device("cpu"), limit=60)
+def test_a_part_that_fails_or_comes_too_late_is_kept_as_such(tmp_path: Path) -> None:
+    record = Record(tmp_path, "some", torch.device("cpu"), about="Some.\nMore.", limit=60)
 
     def fails() -> dict[str, Any]:
         raise torch.OutOfMemoryError("no room\nmore")
@@ -98,6 +106,6 @@ def test_a_part_that_fails_or_comes_too_late_is_kept_as_such(script: Any, tmp_pa
     assert not record.part("large", fails)
     assert not record.part("late", dict, needs=120)
     assert record.part("fine", lambda: {"seconds": 1})
-    large, late, fine = _parts(tmp_path / "some.json")
+    large, late, fine = _parts(tmp_path)
     assert large["out_of_memory"] == "no room" and "needs 120" in late["not_run"]
     assert fine["seconds"] == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv7.benchmark import BASELINE, clock
-from rwkv7.benchmark.table import BEGIN, END
+from rwkv7.benchmark.document import BEGIN, END
 from rwkv7.cli import main
 
 
@@ -48,10 +48,10 @@ def test_all_works_and_a_profile_in_one_file_that_is_whole_after_each_part(
 ):
     kept = []
 
-    def keep(run, path):
+    def keep(path, run):
         kept.append(sum(len(case["results"]) for case in run["cases"]))
 
-    monkeypatch.setattr("rwkv7.cli.bench._keep", keep)
+    monkeypatch.setattr("rwkv7.benchmark.record.write_json", keep)
     works = ("--work", "operator,repeated-key,decoding", "--shape", "2x1x1x8", "--profile")
     assert run(*works, "--backend", "torch", "--device", "cpu", "--out", tmp_path) == 0
     assert kept == [1, 2, 3]

@@ -1,5 +1,6 @@
 """Times, memory and errors of the operator, side by side: what `rwkv7 bench` shows."""
 
+from .document import update_tables
 from .measure import WORKS, Measurement, Result, default_shapes, measurements
 from .sample import Shape
 from .subjects import (
@@ -12,7 +13,7 @@ from .subjects import (
     step,
     token_loop,
 )
-from .table import results_in, update_tables
+from .table import results_in
 
 __all__ = [
     "BASELINE",

@@ -1,19 +1,16 @@
-"""From measured results in JSON files to the tables in the documents, and nothing by hand."""
+"""From the operator's measured results in JSON files to their tables."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv7.files import write_atomically
+from rwkv7.files import json_object
 from rwkv7.wkv7.tolerance import RESULTS
 
 from .subjects import BASELINE
 
-BEGIN = "<!-- rwkv7 bench: begin; made from the results, do not edit -->"
-END = "<!-- rwkv7 bench: end -->"
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _TIMES = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 # What the cases of one table have in common.
@@ -22,48 +19,43 @@ _SHARED = ("device", "threads", "work", "dtype")
 Case = dict[str, Any]
 
 
+def files_in(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each JSON file of the folder and what it holds, by name; ValueError for one that is none."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            run = json_object(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: not a file of results ({error})") from None
+        yield path, run
+
+
 def results_in(folder: Path) -> list[Case]:
     """The newest result for each device, number of threads, work, dtype and shape in the files.
 
-    ValueError names a file that holds no results.
+    Those of benchmark scripts are passed over. ValueError names a file that holds no results.
     """
     newest: dict[tuple[Any, ...], Case] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path, run in files_in(folder):
+        if "benchmark" in run:
+            continue
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
             case = {name: run[name] for name in ("date", "device", "threads", "cases")}
             for found in case.pop("cases"):
                 whole = {**case, **found}
                 key = tuple(whole[name] for name in (*_SHARED, "shape"))
                 if key not in newest or newest[key]["date"] <= whole["date"]:
                     newest[key] = whole
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a file of `rwkv7 bench` ({error!r})") from None
     return list(newest.values())
 
 
-def update_tables(document: Path, cases: Sequence[Case]) -> int:
-    """Replace what stands between the markers in `document` by tables; how many there are.
-
-    Cases of the same device, number of threads, work and dtype share a table. ValueError where the
-    markers are missing.
-    """
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{document}: expected the lines {BEGIN} and {END} around the table")
+def tables(cases: Sequence[Case]) -> list[str]:
+    """As markdown; cases of the same device, number of threads, work and dtype share a table."""
     groups: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
         groups.setdefault(tuple(case[name] for name in _SHARED), []).append(case)
-    tables = "\n\n".join(_markdown(group) for group in groups.values())
-    changed = f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
-    write_atomically(document, lambda file: _write_text(file, changed))
-    return len(groups)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return [_markdown(group) for group in groups.values()]
 
 
 def columns(work: str) -> list[str]:
@@ -106,23 +98,24 @@ def _markdown(cases: Sequence[Case]) -> str:
 
 
 def _time(name: str) -> Callable[[Case, Sequence[Case]], str]:
-    return lambda result, _: _seconds(result[name])
+    return lambda result, _: seconds_text(result[name])
 
 
-def _seconds(seconds: float | None) -> str:
+def seconds_text(seconds: float | None) -> str:
+    """In the unit of its size; empty for None."""
     if seconds is None:
         return ""
     unit, size = next((u, x) for u, x in _TIMES.items() if seconds >= x or u == "µs")
-    return f"{_digits(seconds / size)} {unit}"
+    return f"{digits(seconds / size)} {unit}"
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
     """Three of them, zeros at the end too, and all before the point."""
     return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
 def _memory(name: str) -> Callable[[Case, Sequence[Case]], str]:
-    return lambda result, _: "" if result[name] is None else f"{_digits(result[name])} MiB"
+    return lambda result, _: "" if result[name] is None else f"{digits(result[name])} MiB"
 
 
 def _speed(name: str) -> Callable[[Case, Sequence[Case]], str]:

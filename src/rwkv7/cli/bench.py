@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -101,14 +98,13 @@ def _use(threads: int | None) -> None:
 def _render(file: Path, folder: Path) -> None:
     from rwkv7.benchmark import results_in, update_tables
 
-    cases = results_in(folder)
-    if not cases:
+    if not any(folder.glob("*.json")):
         raise ValueError(f"--out: no results in {folder}; run `rwkv7 bench` first")
     if file.suffix == ".md":
-        return print(f"{file}: {update_tables(file, cases)} tables from {folder}")
+        return print(f"{file}: {update_tables(file, folder)} tables from {folder}")
     from rwkv7.benchmark.roofline import draw_roofline
 
-    draw_roofline(cases, file)
+    draw_roofline(results_in(folder), file)
     print(f"{file}: drawn from {folder}")
 
 
@@ -172,17 +168,11 @@ def _run(
     import torch
 
     from rwkv7.benchmark import measurements
-    from rwkv7.machine import describe, device_name
+    from rwkv7.benchmark.record import file_name, header, write_json
 
     started = time.monotonic()
-    run: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "machine": describe(),
-        "cases": [],
-    }
-    path = folder / _file_name(run)
+    run: dict[str, Any] = {**header(device), "cases": []}
+    path = folder / file_name("operator", run)
     progress = Console(stderr=True)
     for work, shape in plan:
         case: dict[str, Any] = {
@@ -200,21 +190,10 @@ def _run(
             seconds = time.monotonic() - started
             progress.print(f"{seconds:6.1f} s  {work} {shape}: {measurement.subject}", style="dim")
             case["results"].append(dataclasses.asdict(measurement.run()))
-            _keep(run, path)
+            write_json(path, run)
         # A file has no width; a table squeezed into 80 columns is hard to read there.
         _show(Console(width=None if sys.stdout.isatty() else _WIDTH), run, case)
     return path
-
-
-def _keep(run: dict[str, Any], path: Path) -> None:
-    from rwkv7.files import write_atomically
-
-    text = json.dumps(run, indent=1) + "\n"
-    write_atomically(path, lambda file: _write_text(file, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _show(console: Console, run: dict[str, Any], case: dict[str, Any]) -> None:
@@ -241,9 +220,3 @@ def _show(console: Console, run: dict[str, Any], case: dict[str, Any]) -> None:
             name, ms, calls = str(kernel["kernel"])[:70], kernel["ms"], kernel["calls"]
             line = f"  {result['subject']:24} {ms:8.3f} ms {calls:6.1f} x  {name}"
             console.print(line, highlight=False, soft_wrap=True)
-
-
-def _file_name(run: dict[str, Any]) -> str:
-    device = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()).strip("-")
-    stamp = re.sub(r"[^0-9T]", "", run["date"].partition("+")[0])
-    return f"operator-{stamp}-{device}.json"
