@@ -47,12 +47,12 @@ class Linear(nn.Linear):
         )
 
 
-def plain_weights(*modules: nn.Module) -> tuple[Tensor, ...] | None:
+def plain_weights(*modules: nn.Module) -> list[Tensor] | None:
     """The matrices of modules that only multiply by them; None where one does more.
 
     An adapter or a hook is more.
     """
     if not all(type(m) is Linear and not m._forward_hooks for m in modules):
         return None
-    weights = tuple(m.weight for m in modules if isinstance(m, Linear))
+    weights: list[Tensor] = [m.weight for m in modules if isinstance(m, Linear)]
     return weights if all(weight.is_contiguous() for weight in weights) else None

@@ -141,7 +141,8 @@ class TimeMix(nn.Module):
         if (found := plain_weights(self.receptance, self.key, self.value, self.output)) is None:
             return None
         r, k, v, output = found
-        lows, highs = (self.w1, self.a1, self.g1), (self.w2, self.a2, self.g2)
+        lows: tuple[Tensor, ...] = (self.w1, self.a1, self.g1)
+        highs: tuple[Tensor, ...] = (self.w2, self.a2, self.g2)
         if self.mixes_value:
             lows, highs = (*lows, self.v1), (*highs, self.v2)
         return TimeMixWeights(

@@ -116,7 +116,7 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler], few: int) -> Tensor:
 
 
 def _draw_in_one_launch(z: Tensor, table: Tensor) -> Tensor:
-    from .kernel import draw
+    from .kernels.draw import draw
 
     B, V = z.shape
     block = min(_BLOCK, 1 << (V - 1).bit_length())

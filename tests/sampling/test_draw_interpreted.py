@@ -6,7 +6,7 @@ from triton_interpreter import load
 
 from rwkv7.sampling import Sampler, batch, sample_batch
 
-load("rwkv7.sampling", "kernel")
+load("rwkv7.sampling.kernels", "draw")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 SETTINGS = [

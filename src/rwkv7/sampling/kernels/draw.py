@@ -210,9 +210,7 @@ def draw(
             least = tl.maximum(least, top.to(tl.float64) + log_min_p * level)
             # All that stays was gathered, unless the cut lies beyond.
             unsure |= _bin(least.to(tl.float32), top) > last
-            weights = tl.where(
-                inside & (z >= least), _weights(z, top, temperature, SCALE), 0
-            )
+            weights = tl.where(inside & (z >= least), _weights(z, top, temperature, SCALE), 0)
             below = tl.cumsum(weights, 0)
             place = _place(uniform, tl.sum(weights, 0))
             at = tl.minimum(tl.sum((below <= place).to(tl.int32), 0), FEW - 1)
