@@ -95,30 +95,22 @@ def _gathered(
 
 
 @triton.jit
-def _kth_largest(keys, inside, k):
-    """The k-th largest of some keys; there are as many."""
-    low = tl.full([], -(1 << 31), tl.int64)
-    high = tl.full([], (1 << 31) - 1, tl.int64)
-    for _ in range(32):
-        middle = (low + high + 1) >> 1
-        enough = tl.sum((inside & (keys >= middle)).to(tl.int32), 0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return low.to(tl.int32)
+def _cut(keys, weights, most, wanted):
+    """The largest key, at most `most`, from which on the weights reach `wanted`; all do together.
 
-
-@triton.jit
-def _least_of_share(keys, weights, most, wanted):
-    """The least key, at most `most`, above which the weights do not reach `wanted`."""
+    Three places at once quarter the range each time, which takes fewer waits for all threads.
+    """
     low = tl.full([], -(1 << 31), tl.int64)
     high = most.to(tl.int64)
-    for _ in range(32):
-        middle = (low + high) >> 1
-        above = tl.sum(tl.where(keys > middle, weights, 0), 0)
-        short = above.to(tl.float64) < wanted
-        high = tl.where(short, middle, high)
-        low = tl.where(short, low, tl.minimum(middle + 1, high))
-    return high.to(tl.int32)
+    quarters = 1 + tl.arange(0, 4)
+    for _ in range(16):
+        step = (high - low) // 4 + 1
+        places = low + step * quarters
+        reached = tl.sum(tl.where(keys[:, None] >= places[None, :], weights[:, None], 0), 0)
+        enough = (reached.to(tl.float64) >= wanted) & (places <= high)
+        low += step * tl.sum(enough.to(tl.int64), 0)
+        high = tl.minimum(high, low + step - 1)
+    return low.to(tl.int32)
 
 
 @triton.jit
@@ -197,7 +189,8 @@ def draw(
             unsure = last < 0
             known = by_k & (top_k <= found)
             if known:
-                least = _number(_kth_largest(keys, inside, top_k)).to(tl.float64)
+                kth = _cut(keys, inside.to(tl.int64), _key(top), top_k.to(tl.float64))
+                least = _number(kth).to(tl.float64)
             shares = tl.where(inside, _weights(z, top, level, SCALE), 0)
             if hf & by_k:
                 unsure |= top_k > found
@@ -205,7 +198,7 @@ def draw(
                 total = tl.sum(shares, 0)
             wanted = top_p * total.to(tl.float64)
             if (top_p < 1) & (tl.sum(shares, 0).to(tl.float64) >= wanted):
-                by_p = _number(_least_of_share(keys, shares, _key(top), wanted))
+                by_p = _number(_cut(keys, shares, _key(top), wanted))
                 least = tl.maximum(least, by_p.to(tl.float64))
             least = tl.maximum(least, top.to(tl.float64) + log_min_p * level)
             # All that stays was gathered, unless the cut lies beyond.
