@@ -2,11 +2,12 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 from safetensors import SafetensorError
 
-from rwkv7.files import write_atomically
+from rwkv7.files import write_atomically, write_folder_atomically
 
 
 def test_replaces_the_old_file(tmp_path):
@@ -44,6 +45,36 @@ def test_failed_sync_keeps_the_old_file(tmp_path, monkeypatch):
         write_atomically(target, lambda file: file.write_bytes(b"new") and None)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="who may read a file is said otherwise there")
+def test_a_file_may_be_read_by_whom_others_may(tmp_path):
+    def private(file):  # as safetensors does
+        file.write_bytes(b"new")
+        file.chmod(0o600)
+
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    write_atomically(tmp_path / "a.bin", private)
+    assert (tmp_path / "a.bin").stat().st_mode == usual
+    (tmp_path / "a.bin").chmod(0o640)
+    write_atomically(tmp_path / "a.bin", private)
+    assert (tmp_path / "a.bin").stat().st_mode & 0o777 == 0o640
+    write_folder_atomically(tmp_path / "new", lambda folder: private(folder / "b.bin"))
+    assert (tmp_path / "new" / "b.bin").stat().st_mode == usual
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.bin", "new", "plain"]
+
+
+def test_a_full_disk_is_called_one_whatever_torch_calls_it(tmp_path, monkeypatch):
+    found = shutil.disk_usage(tmp_path)._replace(free=512)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: found)
+
+    def write(file):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7 vs 4")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.bin") as met:
+        write_atomically(tmp_path / "a.bin", write)
+    assert met.value.errno == errno.ENOSPC
 
 
 def test_names_a_missing_folder(tmp_path):

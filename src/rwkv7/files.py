@@ -32,6 +32,7 @@ _LOADING = (
     *(zipfile.BadZipFile, NotImplementedError, SafetensorError),
 )
 
+_FULL = 1 << 16  # a disk with fewer bytes left has no room for the next piece of a file
 _FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
 
 
@@ -177,7 +178,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     whole and the temporary file is removed; a kill or a power cut leaves the old or the new file.
 
     Args:
-        path: where the file shall be; a symbolic link keeps pointing to it.
+        path: where the file shall be; a symbolic link keeps pointing to it. A new file may be read
+            by whom the user's other new files may be read by, an old one by whom it was.
         write: makes the file at the path it is given, in the folder of `path`.
 
     Raises:
@@ -188,7 +190,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     final = Path(path).resolve()
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
+        mode = final.stat().st_mode if final.exists() else _mode_of_new(temporary)
         write(temporary)
+        temporary.chmod(mode)  # safetensors writes files for their owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(final)
@@ -225,8 +229,10 @@ def write_folder_atomically(path: str | os.PathLike[str], write: Callable[[Path]
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir()
+        mode = _mode_of_new(temporary / "mode")
         write(temporary)
         for written in temporary.iterdir():
+            written.chmod(mode)
             with written.open("rb+") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
@@ -300,7 +306,19 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return found
 
 
+def _mode_of_new(path: Path) -> int:
+    """Who may read and write what the user makes at `path`, where nothing is; nothing stays."""
+    path.touch(exist_ok=False)
+    try:
+        return path.stat().st_mode
+    finally:
+        path.unlink()
+
+
 def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
+    # torch says where in the file it stopped, not why.
+    if shutil.disk_usage(Path(path).resolve().parent).free < _FULL:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return OSError(f"{path}: could not be written ({_reason(error)}); what was there is whole")
 
 

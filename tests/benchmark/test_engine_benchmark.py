@@ -25,6 +25,7 @@ def test_every_part_runs_and_leaves_its_figures(part, options, tmp_path, capsys,
     if part == "peer":
         pytest.importorskip("rwkv")
     monkeypatch.setattr("rwkv7.benchmark.clock._RUNS", range(1, 2))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     figures = runpy.run_path(str(SCRIPT))["main"]([str(tmp_path), part, *options])
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
@@ -39,3 +40,7 @@ def test_every_part_runs_and_leaves_its_figures(part, options, tmp_path, capsys,
         assert found["slots_free"] == "32 of 32"
         assert found["memory_before"] == found["memory_after"]
         assert found["requests"] == 40 and 0 < found["cancelled"] < 40
+    if part == "mixed":
+        assert figures["deterministic, alone"] == {"compared": 6, "differ": 0}
+    if part == "bounds":
+        assert figures["sampling, batch 4, the same, penalties"]["share_of_step"] > 0

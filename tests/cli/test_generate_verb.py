@@ -136,7 +136,12 @@ def test_everything_but_the_text_is_on_stderr(rwkv7, checkpoint):
     assert "seed" in err
 
 
-def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_the_session_and_nothing_is_lost(
+    name, rwkv7, checkpoint, tmp_path, monkeypatch
+):
+    number = getattr(signal, name)
+    usual = signal.getsignal(number)
     whole = text(rwkv7, checkpoint, "--prompt", "é", *SAMPLED, "--tokens", LENGTH)
     plain, drawn = Session.run, []
 
@@ -144,7 +149,7 @@ def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_pat
         for token in plain(self, *arguments):
             drawn.append(token)
             if len(drawn) == 7:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             yield token
 
     monkeypatch.setattr(Session, "run", interrupted)
@@ -155,7 +160,7 @@ def test_ctrl_c_saves_the_session_and_nothing_is_lost(rwkv7, checkpoint, tmp_pat
     assert "saved" in err
     second = text(rwkv7, checkpoint, "--state-in", tmp_path / "s", "--tokens", LENGTH - 7)
     assert first + second == whole
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is usual
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,9 @@ def test_fields_of_other_kinds_are_named(model, fields, kind, words):
 def test_sizes_of_other_kinds_are_named(model, name):
     with pytest.raises(TypeError, match=rf"{name}: expected an int, found 2\.5"):
         Engine(model, **{name: 2.5})
+
+
+@pytest.mark.parametrize("request_", [[1, 2], "text", None])
+def test_what_is_no_request_is_named(model, request_):
+    with pytest.raises(TypeError, match="request: expected a Request, found"):
+        Engine(model, slots=1).submit(request_)

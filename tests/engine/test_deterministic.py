@@ -129,3 +129,20 @@ def unequal(step):
         return step(self, tokens, pool, slots) + torch.arange(len(tokens))[:, None]
 
     return stepped
+
+
+def test_prompts_go_one_by_one_where_lanes_are_treated_unequally(model, monkeypatch):
+    def lanes():
+        pool = Pool(model.config, 4, model.dtype, model.device)
+        return prefill_module.Prefill(model, pool, 64, True, None)._lanes
+
+    assert lanes() in (1, 64 // prefill_module.PIECE)
+    hidden = type(model).hidden
+
+    def unequal(self, tokens, state, offsets):
+        features, state = hidden(self, tokens, state, offsets)
+        state.layers[0].wkv[2] += 1e-3
+        return features, state
+
+    monkeypatch.setattr(type(model), "hidden", unequal)
+    assert lanes() == 1

@@ -32,13 +32,13 @@ def short_pieces(monkeypatch):
 @pytest.fixture
 def read(model, monkeypatch):
     """A list that grows by the number of tokens of every call that reads prompts."""
-    counts, hidden = [], type(model).hidden
+    counts, advance = [], prefill_module.Prefill._advance
 
-    def counting(self, tokens, *rest):
-        counts.append(tokens.numel())
-        return hidden(self, tokens, *rest)
+    def counting(self, pieces):
+        counts.append(sum(size for _, size in pieces))
+        return advance(self, pieces)
 
-    monkeypatch.setattr(type(model), "hidden", counting)
+    monkeypatch.setattr(prefill_module.Prefill, "_advance", counting)
     return counts
 
 

@@ -39,7 +39,7 @@ def generate(
         typer.Option(help="A session to go on from, or a tuned state to begin with."),
     ] = None,
     state_out: Annotated[
-        Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C.")
+        Path | None, typer.Option(help="Save the session here at the end, or at Ctrl-C or SIGTERM.")
     ] = None,
     tokenizer: TokenizerName = None,
     device: DeviceName = None,
@@ -109,13 +109,13 @@ def _write(
     decoder: StreamDecoder,
     final: bool,
 ) -> bool:
-    """Stream the text; whether Ctrl-C stopped it, which it does between two tokens."""
+    """Stream the text; whether Ctrl-C or SIGTERM stopped it, between two tokens."""
     stop = () if tokenizer.end_of_document is None else (tokenizer.end_of_document,)
     if session.ended:
         say("the text had ended; give --prompt to go on after it")
     count, start = 0, time.perf_counter()
     show_whatever_comes()
-    with asked_to_stop() as asked:
+    with asked_to_stop(by_others=True) as asked:
         for token in session.run(network, tokens, stop):
             count += 1
             print(decoder.feed(token), end="", flush=True)

@@ -55,8 +55,11 @@ def check_together(needed: str, value: object, others: Mapping[str, object]) -> 
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C is only noted, so that the session stays whole; a second one interrupts."""
+def asked_to_stop(by_others: bool = False) -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C is only noted, so that the session stays whole; a second one interrupts.
+
+    So is SIGTERM, if `by_others`: what a machine that shuts down, or a batch system, sends.
+    """
     noted = False
 
     def note(*_: object) -> None:
@@ -65,11 +68,14 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         noted = True
 
-    before = signal.signal(signal.SIGINT, note)
+    names = ("SIGINT", "SIGTERM") if by_others else ("SIGINT",)
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield lambda: noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def show_whatever_comes() -> None:

@@ -103,6 +103,8 @@ class Engine:
                 strings without `decode`, a state that does not fit, is not finite, or belongs to
                 another model, as a sampler may too.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"request: expected a Request, found {request!r:.60}")
         state, sampler = self._start_of(request)
         tokens = tokens_of(request, self._model.config.vocab_size)
         if request.n > self._pool.slots:

@@ -14,6 +14,8 @@ from rwkv7.state import LayerState, ModelState, wide_dtype
 
 from .request import check_count
 
+# States are kept at multiples of this many tokens, and deterministic pieces end there.
+PIECE = 256
 # Prompts read in one call; bounds the copies of states that the call makes.
 READ_TOGETHER = 64
 
@@ -119,7 +121,8 @@ def memory_budget(
     call = max_prefill_tokens * (C * (24 * dtype.itemsize + 16 * wide) + 12 * C * dtype.itemsize)
     step = slots * (C * (36 * dtype.itemsize + 16 * wide) + 4 * wkv // config.layers)
     step += slots * config.vocab_size * (dtype.itemsize + 2 * 8)
-    working = max(call + 3 * min(slots, READ_TOGETHER) * state, step)
+    read = max(min(slots, READ_TOGETHER), 2 * max_prefill_tokens // PIECE)  # in one call
+    working = max(call + 3 * read * state, step)
     return MemoryBudget(weights, (slots + 1) * state, state, working)
 
 

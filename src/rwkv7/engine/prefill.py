@@ -13,11 +13,8 @@ from rwkv7.state import ModelState
 from rwkv7.wkv7 import batch_invariant, unchecked
 
 from .job import Job
-from .pool import READ_TOGETHER, Pool
+from .pool import PIECE, READ_TOGETHER, Pool
 from .prefix_cache import PrefixCache
-
-# States are kept at multiples of this many tokens, and deterministic pieces end there.
-PIECE = 256
 
 
 class Prefill:
@@ -27,7 +24,9 @@ class Prefill:
         model: on the device of the pool.
         pool: holds the state of each prompt between pieces.
         max_tokens: how many tokens one call of `read` may work through.
-        deterministic: each prompt is read alone, in pieces that its own length decides.
+        deterministic: prompts are read in pieces that their own lengths decide, each in a lane of
+            a call that is always as long, whoever has the other lanes. Where lanes give the same
+            tokens other bits (a machine whose products treat rows unequally), there is only one.
         cache: None keeps no states.
     """
 
@@ -43,6 +42,9 @@ class Prefill:
         self._max_tokens = max_tokens
         self._deterministic = deterministic
         self._piece = min(PIECE, max_tokens)
+        self._lanes = max(1, max_tokens // self._piece) if deterministic else 0  # 0: none
+        if self._lanes > 1 and not self._lanes_agree():
+            self._lanes = 1
         self._turn = 0  # whose it is, so that no prompt waits until a long one is read
 
     def read(self, jobs: list[Job]) -> None:
@@ -55,7 +57,7 @@ class Prefill:
         unread = unread[turn:] + unread[:turn]
         with unchecked():
             if self._deterministic:
-                self._read_alone(unread)
+                self._read_in_lanes(unread)
             else:
                 self._turn += READ_TOGETHER if len(unread) > READ_TOGETHER else 0
                 shares = _shares(unread, self._max_tokens)
@@ -94,24 +96,17 @@ class Prefill:
         counts = {whole, cache.seen_before(job.names), *doubling}
         job.marks = {count * self._piece for count in counts if 0 < count <= whole}
 
-    def _read_alone(self, jobs: list[Job]) -> None:
-        budget = self._max_tokens
+    def _read_in_lanes(self, jobs: list[Job]) -> None:
+        chosen = jobs[: self._lanes]
+        self._turn += len(chosen) if len(jobs) > len(chosen) else 0
         with batch_invariant():
-            while jobs:
-                job = jobs.pop(0)
-                size = min(self._piece, job.unread)
-                if size > budget:
-                    return
-                budget -= size
-                self._advance([(job, size)])
-                if job.unread:
-                    jobs.append(job)
-                    self._turn += 1
+            self._advance([(job, min(self._piece, job.unread)) for job in chosen])
 
     def _advance(self, pieces: list[tuple[Job, int]]) -> None:
         slots = [job.slot for job, _ in pieces]
         parts = [job.prompt[job.position : job.position + size] for job, size in pieces]
-        state = self._run(torch.cat(parts), [size for _, size in pieces], self._pool.read(slots))
+        run = self._run_lanes if self._lanes else self._run
+        state = run(parts, slots)
         self._pool.write(slots, state)
         for row, (job, size) in enumerate(pieces):
             job.position += size
@@ -120,13 +115,39 @@ class Prefill:
                 if name not in self._cache:
                     self._cache.put(name, state.select([row]))
 
-    def _run(self, tokens: Tensor, sizes: list[int], state: ModelState) -> ModelState:
-        device = self._model.device
+    def _run(self, parts: list[Tensor], slots: list[int]) -> ModelState:
         offsets = None
-        if len(sizes) > 1:
-            offsets = torch.tensor([0, *sizes]).cumsum(0).to(device)
-        _, state = self._model.hidden(tokens[None].to(device), state, offsets)
-        return state
+        if len(parts) > 1:
+            sizes = torch.tensor([0, *map(len, parts)])
+            offsets = sizes.cumsum(0).to(self._model.device)
+        tokens = torch.cat(parts)[None].to(self._model.device)
+        return self._model.hidden(tokens, self._pool.read(slots), offsets)[1]
+
+    def _run_lanes(self, parts: list[Tensor], slots: list[int]) -> ModelState:
+        """Each part at the start of a lane of its own; what fills a lane is another sequence."""
+        tokens = torch.zeros(self._lanes, self._piece, dtype=torch.int64)
+        lengths = torch.zeros(self._lanes, dtype=torch.int64)
+        for lane, part in enumerate(parts):
+            tokens[lane, : len(part)] = part
+            lengths[lane] = len(part)
+        starts = torch.arange(self._lanes) * self._piece
+        offsets = torch.stack((starts, starts + lengths), 1).flatten()
+        offsets = torch.cat((offsets, torch.tensor([tokens.numel()])))
+        filling = self._pool.slots  # the row that is nobody's
+        rows = [*slots, *[filling] * (self._lanes - len(slots))]
+        state = self._pool.read([row for slot in rows for row in (slot, filling)])
+        device = self._model.device
+        _, state = self._model.hidden(tokens.view(1, -1).to(device), state, offsets.to(device))
+        return state.select(range(0, 2 * len(parts), 2))
+
+    def _lanes_agree(self) -> bool:
+        """Whether the same tokens in every lane lead to the same bits."""
+        part = torch.arange(self._piece) % self._model.config.vocab_size
+        slot = self._pool.slots
+        self._pool.clear([slot])
+        with torch.no_grad(), batch_invariant(), unchecked():
+            state = self._run_lanes([part] * self._lanes, [slot] * self._lanes)
+        return all(bool((x == x[:1]).all()) for layer in state.layers for x in layer)
 
 
 def _shares(jobs: list[Job], budget: int) -> list[tuple[Job, int]]:

@@ -12,8 +12,8 @@ from rwkv7.config import ModelConfig
 
 from .again import again
 from .before import Before
-from .fused import mixed_in_pool_, shifted_mixes, squared_relu
-from .linear import Linear
+from .fused import ChannelMixWeights, mixed_in_pool_, shifted_mixes, squared_relu
+from .linear import Linear, plain_weights
 from .token_shift import Packing, Slots
 
 
@@ -54,6 +54,12 @@ class ChannelMix(nn.Module):
         """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
         (mixed,) = mixed_in_pool_(x, shift, slots, (self.x_k,))
         return self._fed(mixed)
+
+    def weights_of_step(self) -> ChannelMixWeights | None:
+        """All of it for `channel_mix_of_one_`; None where a module is more than its weights."""
+        if (found := plain_weights(self.key, self.value)) is None:
+            return None
+        return ChannelMixWeights(self.x_k, *found)
 
     def _fed(self, mixed: Tensor) -> Tensor:
         (squares,) = again(_squares, self.key(mixed))

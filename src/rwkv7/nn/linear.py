@@ -45,3 +45,14 @@ class Linear(nn.Linear):
             and not torch.is_autocast_enabled("cpu")
             and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
         )
+
+
+def plain_weights(*modules: nn.Module) -> list[Tensor] | None:
+    """The matrices of modules that only multiply by them; None where one does more.
+
+    An adapter or a hook is more.
+    """
+    if not all(type(m) is Linear and not m._forward_hooks for m in modules):
+        return None
+    weights: list[Tensor] = [m.weight for m in modules if isinstance(m, Linear)]
+    return weights if all(weight.is_contiguous() for weight in weights) else None

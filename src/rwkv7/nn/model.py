@@ -19,6 +19,7 @@ from rwkv7.state import LayerState, ModelState
 from .again import again, recomputing
 from .before import Before
 from .channel_mix import ChannelMix
+from .fused import Norm, channel_mix_of_one_, runs_single, time_mix_of_one_
 from .init import initialise_
 from .linear import Linear
 from .time_mix import TimeMix
@@ -83,9 +84,21 @@ class Block(nn.Module):
         """(x [B, 1, C], layer 0's value) for one token a sequence; rows of `pool` change."""
         if self.ln0 is not None:
             x = self.ln0(x)
+        if runs_single(x, *pool):
+            time, channel = self.att.weights_of_step(), self.ffn.weights_of_step()
+            if time is not None and channel is not None:
+                x, v_first = time_mix_of_one_(
+                    x, v_first, _norm(self.ln1), time, pool.time_shift, pool.wkv, slots.wkv
+                )
+                norm = _norm(self.ln2)
+                return channel_mix_of_one_(x, norm, channel, pool.channel_shift, slots.wkv), v_first
         out, v_first = self.att.step_(self.ln1(x), v_first, pool.time_shift, pool.wkv, slots)
         x = x + out
         return x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots), v_first
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
 
 
 class RWKV7(nn.Module):

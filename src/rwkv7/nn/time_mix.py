@@ -18,6 +18,7 @@ from .before import Before
 from .fused import (
     Projections,
     StepParameters,
+    TimeMixWeights,
     gated_output,
     key_operands,
     mixed_in_pool_,
@@ -26,7 +27,7 @@ from .fused import (
     shifted_mixes,
     time_mix_step_,
 )
-from .linear import Linear
+from .linear import Linear, plain_weights
 from .token_shift import Packing, Slots
 
 # Group norm's eps is 64e-5 for heads of 64: one 1e-5 for each channel of a head.
@@ -134,22 +135,39 @@ class TimeMix(nn.Module):
         """
         projections = self._projections(mixed_in_pool_(x, shift, slots, self._mixes()))
         if runs_fused_step(state, projections):
-            parameters = StepParameters(
-                self.w0,
-                self.a0,
-                self.v0 if self.mixes_value else None,
-                self.k_k,
-                self.k_a,
-                self.r_k,
-                self.ln_x.weight,
-                self.ln_x.bias,
+            y = time_mix_step_(
+                projections, v_first, self._vectors(), self.ln_x.eps, state, slots.wkv
             )
-            y = time_mix_step_(projections, v_first, parameters, self.ln_x.eps, state, slots.wkv)
             return self.output(y), projections.v if v_first is None else v_first
         inputs, v_first = self._operands(projections, v_first)
         r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
         y = wkv7_step_(r, w, k, v, a, b, state, slots=slots.wkv)
         return self._gated(y.unsqueeze(1), inputs, projections.g), v_first
+
+    def weights_of_step(self) -> TimeMixWeights | None:
+        """All of it for `time_mix_of_one_`; None where a module is more than its weights."""
+        if (found := plain_weights(self.receptance, self.key, self.value, self.output)) is None:
+            return None
+        r, k, v, output = found
+        lows: tuple[Tensor, ...] = (self.w1, self.a1, self.g1)
+        highs: tuple[Tensor, ...] = (self.w2, self.a2, self.g2)
+        if self.mixes_value:
+            lows, highs = (*lows, self.v1), (*highs, self.v2)
+        return TimeMixWeights(
+            self._mixes(), (r, k, v), lows, highs, self._vectors(), self.ln_x.eps, output
+        )
+
+    def _vectors(self) -> StepParameters:
+        return StepParameters(
+            self.w0,
+            self.a0,
+            self.v0 if self.mixes_value else None,
+            self.k_k,
+            self.k_a,
+            self.r_k,
+            self.ln_x.weight,
+            self.ln_x.bias,
+        )
 
     def _mixes(self) -> tuple[Tensor, ...]:
         return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g

@@ -7,6 +7,8 @@ the device but one transfer of the ids.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 # Cuts are looked for among so many of the most probable tokens first: sorting a whole vocabulary
 # costs several times as much, and hardly any text needs it.
 _FEW = 1024
+_BLOCK, _WARPS = 8192, 16  # of the kernel: logits looked at together, and by how many warps
 _NONE, _UNSURE = -1, -2  # instead of an id: no token is possible; the cut lies beyond the few
 
 
@@ -58,8 +61,8 @@ def probabilities(logits: Tensor, sampler: Sampler) -> Tensor:
         logits: [V]. The sampler is not changed. A row that has no token to give is NaN.
     """
     _check(logits[None], [sampler])
-    rows = _Rows.of([sampler], _device(logits))
-    z = _penalised(logits[None], [sampler], rows.temperature.device)
+    rows = _Rows.from_columns(_upload(_settings([sampler]), _device(logits)))
+    z = _penalised(logits[None], [sampler], rows.temperature.device).float()
     if sampler.temperature == 0:
         greedy = torch.zeros_like(z[0], dtype=torch.float64)
         greedy[z[0].argmax()] = 1
@@ -81,25 +84,6 @@ class _Rows:
     uniform: Tensor
 
     @staticmethod
-    def of(samplers: Sequence[Sampler], device: torch.device) -> _Rows:
-        table = np.array(
-            [
-                (
-                    s.temperature or 1.0,
-                    min(s.top_k, 2**31),
-                    s.top_p,
-                    math.log(s.min_p) if s.min_p else -math.inf,
-                    s.order == "hf",
-                    s.temperature == 0,
-                    s.uniform() if s.temperature else 0.0,
-                )
-                for s in samplers
-            ],
-            np.float64,
-        )
-        return _Rows.from_columns(_upload(table, device))
-
-    @staticmethod
     def from_columns(table: Tensor) -> _Rows:
         return _Rows(**dict(zip(_Rows.__slots__, table.split(1, dim=1), strict=True)))
 
@@ -113,10 +97,13 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler], few: int) -> Tensor:
     """Ids [B] on the device, some of them _NONE or _UNSURE (not if `few` is V)."""
     device = _device(logits)
     z = _penalised(logits, samplers, device)
+    if few < z.shape[1] and _has_kernel(device):
+        return _draw_in_one_launch(z, _upload(_settings(samplers), device))
+    z = z.float()
     likeliest = z.argmax(1, keepdim=True)
     if all(s.temperature == 0 for s in samplers):
         return likeliest.masked_fill(~_possible(z), _NONE).squeeze(1)
-    rows = _Rows.of(samplers, device)
+    rows = _Rows.from_columns(_upload(_settings(samplers), device))
     weights, unsure = _kept_weights(z, samplers, rows, few)
     below = weights.cumsum(1)
     total = below[:, -1:]
@@ -126,6 +113,25 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler], few: int) -> Tensor:
     ids = drawn.masked_fill(unsure, _UNSURE)
     ids = torch.where(greedy, likeliest, ids)
     return ids.masked_fill(~_possible(z), _NONE).squeeze(1)
+
+
+def _draw_in_one_launch(z: Tensor, table: Tensor) -> Tensor:
+    from .kernels.draw import draw
+
+    B, V = z.shape
+    block = min(_BLOCK, 1 << (V - 1).bit_length())
+    blocks = 1 << (-(-V // block) - 1).bit_length()
+    near = z.new_empty(B, _FEW, dtype=torch.float32)
+    ids = z.new_empty(B, _FEW, dtype=torch.int32)
+    sums = z.new_empty(B, blocks, dtype=torch.int64)
+    drawn = torch.empty(B, dtype=torch.int64, device=z.device)
+    z = z.contiguous()
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        draw[(B,)](
+            z, z.stride(0), table, near, ids, sums, drawn, SCALE=_scale(V), FEW=_FEW, V=V,
+            BV=block, BLOCKS=blocks, NONE=_NONE, UNSURE=_UNSURE, num_warps=_WARPS,
+        )  # fmt: skip
+    return drawn
 
 
 def _kept_weights(
@@ -177,15 +183,37 @@ def _weights(z: Tensor, top: Tensor, temperature: Tensor, vocabulary: int | None
 
     A token less than 2^-46 times as probable as the most probable (V = 65,536) counts as 0.
     """
-    scale = 2.0 ** (61 - math.ceil(math.log2(vocabulary or z.shape[1])))
     # Divided before the exponential: a low temperature then underflows to greedy, not to 0/0.
     shares = ((z.double() - top.double()) / temperature).exp_()
-    return shares.mul_(scale).round_().nan_to_num_(0.0).long()
+    return shares.mul_(_scale(vocabulary or z.shape[1])).add_(0.5).nan_to_num_(0.0).long()
+
+
+def _scale(vocabulary: int) -> float:
+    return 2.0 ** (61 - math.ceil(math.log2(vocabulary)))
+
+
+def _settings(samplers: Sequence[Sampler]) -> np.ndarray:
+    """What `_Rows` holds, [R, 7] float64."""
+    return np.array(
+        [
+            (
+                s.temperature or 1.0,
+                min(s.top_k, 2**31),
+                s.top_p,
+                math.log(s.min_p) if s.min_p else -math.inf,
+                s.order == "hf",
+                s.temperature == 0,
+                s.uniform() if s.temperature else 0.0,
+            )
+            for s in samplers
+        ],
+        np.float64,
+    )
 
 
 def _penalised(logits: Tensor, samplers: Sequence[Sampler], device: torch.device) -> Tensor:
-    """Logits in float32 on the device, less what their tokens' pasts take off."""
-    z = logits.detach().to(device, torch.float32)
+    """Logits on the device, less what their tokens' pasts take off: then in float32."""
+    z = logits.detach().to(device)
     pasts = [(row, s.penalties()) for row, s in enumerate(samplers) if s.presence or s.frequency]
     if not sum(len(tokens) for _, (tokens, _) in pasts):
         return z
@@ -194,7 +222,7 @@ def _penalised(logits: Tensor, samplers: Sequence[Sampler], device: torch.device
     # A float64 holds every place exactly, so that both travel as one array.
     both = _upload(np.stack([places, np.concatenate([taken for _, (_, taken) in pasts])]), device)
     # Every place is there once, so that the order of the additions does not matter.
-    flat = z.flatten().index_add(0, both[0].long(), both[1].float(), alpha=-1)
+    flat = z.float().flatten().index_add(0, both[0].long(), both[1].float(), alpha=-1)
     return flat.view_as(z)
 
 
@@ -210,6 +238,11 @@ def _cuts(sampler: Sampler) -> bool:
 def _device(logits: Tensor) -> torch.device:
     # Elsewhere (MPS) float64 is missing.
     return logits.device if logits.device.type == "cuda" else torch.device("cpu")
+
+
+def _has_kernel(device: torch.device) -> bool:
+    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and importlib.util.find_spec("triton") is not None
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -91,7 +91,10 @@ def wkv7(
     given = (r, w, k, v, a, b, state)
     _refuse_forward_mode(*given)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    return _forward(*given, decay, cu_seqlens, backend, save, invariance_wanted())[:2]
+    # A registered operation is for tracing and differentiating; it takes the host some time.
+    plain = not torch.is_grad_enabled() and type(r) is Tensor
+    run = _forward if plain and not torch.compiler.is_compiling() else _operator
+    return run(*given, decay, cu_seqlens, backend, save, invariance_wanted())[:2]
 
 
 def explain(
@@ -141,7 +144,6 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
             )
 
 
-@torch.library.custom_op("rwkv7::wkv7", mutates_args=())
 def _forward(
     r: Tensor,
     w: Tensor,
@@ -163,7 +165,10 @@ def _forward(
         return select(call, backend).forward(call, save)
 
 
-@_forward.register_fake
+_operator = torch.library.custom_op("rwkv7::wkv7", _forward, mutates_args=())
+
+
+@_operator.register_fake
 def _(
     r: Tensor,
     w: Tensor,
@@ -261,4 +266,4 @@ def _differentiate(
     return (*grads, None if state is None else dinitial, *none)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_operator.register_autograd(_differentiate, setup_context=_setup_context)

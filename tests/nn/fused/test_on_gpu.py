@@ -139,9 +139,10 @@ def test_what_is_cheap_is_computed_again_in_half_the_memory(packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_size", [64, 128])
-def test_steps_of_a_model_in_a_cuda_graph(head_size, dtype):
-    config = ModelConfig.from_sizes(vocab_size=97, width=256, layers=3, head_size=head_size)
+@pytest.mark.parametrize("chosen", [[3, 0, -1, 2], [3]], ids=["rows", "one"])
+@pytest.mark.parametrize(("head_size", "width"), [(64, 256), (128, 256), (64, 2560)])
+def test_steps_of_a_model_in_a_cuda_graph(head_size, width, dtype, chosen):
+    config = ModelConfig.from_sizes(vocab_size=97, width=width, layers=3, head_size=head_size)
     exact = RWKV7(config, torch.float64, CUDA)
     with torch.no_grad():
         for x in exact.parameters():
@@ -149,8 +150,8 @@ def test_steps_of_a_model_in_a_cuda_graph(head_size, dtype):
     exact = exact.to(dtype).double()
     model = RWKV7(config, dtype, CUDA)
     model.load_state_dict(exact.state_dict())
-    tokens = torch.randint(97, (5, 4), device=CUDA)
-    slots = torch.tensor([3, 0, -1, 2], device=CUDA)
+    tokens = torch.randint(97, (5, len(chosen)), device=CUDA)
+    slots = torch.tensor(chosen, device=CUDA)
     used = slots >= 0
     pools = [ModelState.zeros(config, 5, kind, CUDA) for kind in (torch.float64, dtype, dtype)]
     token = tokens[0].clone()

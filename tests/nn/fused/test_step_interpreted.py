@@ -10,7 +10,7 @@ from rwkv7.nn.fused import use_fused
 from rwkv7.nn.token_shift import slots_of
 from rwkv7.wkv7 import checks, unchecked
 
-load("rwkv7.nn.fused.kernels", "step", "elements")
+load("rwkv7.nn.fused.kernels", "step", "single", "elements")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 LARGER = ModelConfig(
@@ -33,8 +33,8 @@ def steps(config, dtype, slots, *, fused, model=None):
 
 @pytest.mark.parametrize(
     ("config", "slots"),
-    [(SMALL, [2, 0, 3]), (SMALL, [2, -1, 3, -1]), (LARGER, [1, 0])],
-    ids=["N8", "skipped", "N64"],
+    [(SMALL, [2, 0, 3]), (SMALL, [2, -1, 3, -1]), (LARGER, [1, 0]), (SMALL, [3]), (LARGER, [1])],
+    ids=["N8", "skipped", "N64", "one", "one, N64"],
 )
 def test_steps_of_a_model(config, slots):
     found, pool = steps(config, torch.float32, slots, fused=True)
@@ -67,15 +67,38 @@ def test_it_steps_aside_for_checks(monkeypatch):
     def refused(*_):
         raise AssertionError
 
-    for name in ("_time_mix_step_", "_mix_in_pool_"):
-        monkeypatch.setattr(f"rwkv7.nn.fused.step.{name}", refused)
+    for name in ("step._time_mix_step_", "step._mix_in_pool_", "single._norm_mix"):
+        monkeypatch.setattr(f"rwkv7.nn.fused.{name}", refused)
     with use_fused(True), checks():
         model, pool = random_model(dtype=torch.float32), random_state(SMALL, 2, torch.float32)
         model.step_(torch.tensor([3]), pool, torch.tensor([0]))
         with pytest.raises(ValueError, match="slots: a row may be named once"):
             model.step_(torch.tensor([3, 4]), pool, torch.tensor([0, 0]))
-    with use_fused(True), unchecked(), pytest.raises(AssertionError):
-        model.step_(torch.tensor([3]), pool, torch.tensor([0]))
+    for count in (1, 2):
+        with use_fused(True), unchecked(), pytest.raises(AssertionError):
+            model.step_(torch.arange(count), pool, torch.arange(count))
+
+
+@pytest.mark.parametrize(("config", "along"), [(SMALL, 8), (LARGER, 64)], ids=["N8", "N64"])
+def test_one_row_in_pieces(config, along, monkeypatch):
+    sizes = {"_ROWS": 16, "_ALONG": along, "_COLUMNS": 2, "_DOWN": along, "_CHANNELS": 16}
+    for name, size in sizes.items():
+        monkeypatch.setattr(f"rwkv7.nn.fused.single.{name}", size)
+    found, pool = steps(config, torch.float32, [3], fused=True)
+    expected, plain = steps(config, torch.float64, [3], fused=False)
+    assert error(found, expected) < 1e-5
+    for x, e in zip(rows(pool.select([3])), rows(plain.select([3])), strict=True):
+        assert error(x, e) < 1e-5
+
+
+def test_one_row_of_a_model_with_more_than_weights(monkeypatch):
+    """A hook stands for an adapter: what it adds is not passed by."""
+    model = random_model(dtype=torch.float32)
+    model.blocks[1].ffn.key.register_forward_hook(lambda module, given, y: y + 1)
+    model.blocks[2].att.output.register_forward_hook(lambda module, given, y: y + 1)
+    found, _ = steps(SMALL, torch.float32, [3], fused=True, model=model)
+    expected, _ = steps(SMALL, torch.float32, [3], fused=False, model=model)
+    assert error(found, expected) < 1e-5
 
 
 def test_compiled_and_checked_by_torch():

@@ -10,6 +10,14 @@ from .launch import use_fused
 from .logits import IGNORED, loss_to_gradient_
 from .output import gated_output
 from .shift import shifted_mixes
+from .single import (
+    ChannelMixWeights,
+    Norm,
+    TimeMixWeights,
+    channel_mix_of_one_,
+    runs_single,
+    time_mix_of_one_,
+)
 from .step import (
     Projections,
     StepParameters,
@@ -21,16 +29,22 @@ from .value import mixed_value
 
 __all__ = [
     "IGNORED",
+    "ChannelMixWeights",
+    "Norm",
     "Projections",
     "StepParameters",
+    "TimeMixWeights",
+    "channel_mix_of_one_",
     "gated_output",
     "key_operands",
     "loss_to_gradient_",
     "mixed_in_pool_",
     "mixed_value",
     "runs_fused_step",
+    "runs_single",
     "shifted_mixes",
     "squared_relu",
+    "time_mix_of_one_",
     "time_mix_step_",
     "use_fused",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import on_device_of, runs_fused
+from .launch import needs_operator, on_device_of, runs_fused
 
 _BLOCK = 2048
 _WARPS = 8
@@ -15,10 +15,11 @@ _WARPS = 8
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)² of x [..., C]."""
-    return _squared_relu(x) if runs_fused(x) else torch.relu(x).square()
+    if runs_fused(x):
+        return (_squared_relu_operator if needs_operator(x) else _squared_relu)(x)
+    return torch.relu(x).square()
 
 
-@torch.library.custom_op("rwkv7::squared_relu", mutates_args=())
 def _squared_relu(x: Tensor) -> Tensor:
     from .kernels.elements import squared_relu
 
@@ -32,7 +33,12 @@ def _squared_relu(x: Tensor) -> Tensor:
     return y
 
 
-@_squared_relu.register_fake
+_squared_relu_operator = torch.library.custom_op(
+    "rwkv7::squared_relu", _squared_relu, mutates_args=()
+)
+
+
+@_squared_relu_operator.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -64,4 +70,4 @@ def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
     return torch.ops.rwkv7.squared_relu_backward(dy, *ctx.saved_tensors)
 
 
-_squared_relu.register_autograd(_differentiate, setup_context=_setup_context)
+_squared_relu_operator.register_autograd(_differentiate, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rwkv7.state import wide_dtype
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import TILE_WARPS, head_tile, needs_operator, on_device_of, rows_apiece, runs_fused
 
 KEY_NORM_EPS = 1e-12
 
@@ -29,7 +29,8 @@ def key_operands(
     σ(a0 + rate) changes it into k (1 + (σ - 1) k_a).
     """
     if runs_fused(k, rate, a0, k_k, k_a):
-        return _key_operands(k, rate, a0, k_k, k_a, heads)
+        run = _key_operands_operator if needs_operator(k) else _key_operands
+        return run(k, rate, a0, k_k, k_a, heads)
     # All of it in float32 at least, and rounded once.
     a = torch.sigmoid(a0 + rate)
     dtype, wide = k.dtype, wide_dtype(k.dtype)
@@ -40,7 +41,6 @@ def key_operands(
     return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype)
 
 
-@torch.library.custom_op("rwkv7::key_operands", mutates_args=())
 def _key_operands(
     k: Tensor, rate: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,12 @@ def _key_operands(
     return key, remove, replace
 
 
-@_key_operands.register_fake
+_key_operands_operator = torch.library.custom_op(
+    "rwkv7::key_operands", _key_operands, mutates_args=()
+)
+
+
+@_key_operands_operator.register_fake
 def _(
     k: Tensor, rate: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,4 +131,4 @@ def _differentiate(
     return (*grads, None)
 
 
-_key_operands.register_autograd(_differentiate, setup_context=_setup_context)
+_key_operands_operator.register_autograd(_differentiate, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rwkv7.state import wide_dtype
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import TILE_WARPS, head_tile, needs_operator, on_device_of, rows_apiece, runs_fused
 
 
 def gated_output(
@@ -26,7 +26,8 @@ def gated_output(
 ) -> Tensor:
     """(group norm of y a head, plus the bonus (Σ r k r_k) v) g, [B, T, C] in the dtype of y."""
     if runs_fused(y, r, k, v, g, r_k, weight, bias):
-        return _gated_output(y, r, k, v, g, r_k, weight, bias, eps)
+        run = _gated_output_operator if needs_operator(y) else _gated_output
+        return run(y, r, k, v, g, r_k, weight, bias, eps)
     # In float32 at least, and rounded once.
     B, T, H, N = y.shape
     dtype, wide = y.dtype, wide_dtype(y.dtype)
@@ -36,7 +37,6 @@ def gated_output(
     return (y.view(B, T, H * N) * g).to(dtype)
 
 
-@torch.library.custom_op("rwkv7::gated_output", mutates_args=())
 def _gated_output(
     y: Tensor,
     r: Tensor,
@@ -62,7 +62,12 @@ def _gated_output(
     return out
 
 
-@_gated_output.register_fake
+_gated_output_operator = torch.library.custom_op(
+    "rwkv7::gated_output", _gated_output, mutates_args=()
+)
+
+
+@_gated_output_operator.register_fake
 def _(
     y: Tensor,
     r: Tensor,
@@ -141,4 +146,4 @@ def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.rwkv7.gated_output_backward(dout, *ctx.saved_tensors, ctx.eps), None)
 
 
-_gated_output.register_autograd(_differentiate, setup_context=_setup_context)
+_gated_output_operator.register_autograd(_differentiate, setup_context=_setup_context)

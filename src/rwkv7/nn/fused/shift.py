@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv7.nn.token_shift import Packing, token_shift
 
-from .launch import channel_block, on_device_of, rows_apiece, runs_fused
+from .launch import channel_block, needs_operator, on_device_of, rows_apiece, runs_fused
 
 MOST_MIXES = 6
 _ROWS = 16  # a forward program's
@@ -33,7 +33,8 @@ def shifted_mixes(
     if len(mixes) in (1, MOST_MIXES) and runs_fused(x, *mixes):
         sequences = x.shape[0] if packed is None else packed.sequences
         sequence = None if packed is None else packed.sequence
-        *mixed, last = _shift_mix(x, carried, sequence, list(mixes), sequences, products_dtype(x))
+        run = _shift_mix_operator if needs_operator(x) else _shift_mix
+        *mixed, last = run(x, carried, sequence, list(mixes), sequences, products_dtype(x))
         return tuple(mixed), last
     before, last = token_shift(x, carried, packed)
     return mix(x, before, mixes), last
@@ -57,7 +58,6 @@ def six(tensors: list[Tensor]) -> list[Tensor]:
     return [*tensors, *tensors[:1] * (MOST_MIXES - len(tensors))]
 
 
-@torch.library.custom_op("rwkv7::shift_mix", mutates_args=())
 def _shift_mix(
     x: Tensor,
     carried: Tensor | None,
@@ -86,7 +86,10 @@ def _shift_mix(
     return [*mixed, last]
 
 
-@_shift_mix.register_fake
+_shift_mix_operator = torch.library.custom_op("rwkv7::shift_mix", _shift_mix, mutates_args=())
+
+
+@_shift_mix_operator.register_fake
 def _(
     x: Tensor,
     carried: Tensor | None,
@@ -170,7 +173,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return dx, dcarried, None, rest[: len(mixes)], None, None
 
 
-_shift_mix.register_autograd(_differentiate, setup_context=_setup_context)
+_shift_mix_operator.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

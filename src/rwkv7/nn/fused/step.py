@@ -18,7 +18,7 @@ from .keys import KEY_NORM_EPS
 from .launch import channel_block, on_device_of, runs_fused
 from .shift import MOST_MIXES, mix, products_dtype, six
 
-_LARGEST = 128  # a program holds a head's whole state in registers
+LARGEST_HEAD = 128  # a program holds a head's whole state in registers
 
 
 class Projections(NamedTuple):
@@ -62,7 +62,9 @@ def mixed_in_pool_(
 
 def runs_fused_step(state: Tensor, projections: Projections) -> bool:
     """Whether `time_mix_step_` takes this. Not inside `checks()`, since it looks at no values."""
-    return state.shape[-1] <= _LARGEST and _runs(state, *(x for x in projections if x is not None))
+    return state.shape[-1] <= LARGEST_HEAD and _runs(
+        state, *(x for x in projections if x is not None)
+    )
 
 
 def time_mix_step_(

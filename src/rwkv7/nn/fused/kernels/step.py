@@ -58,8 +58,54 @@ def mix_in_pool(
 
 
 @triton.jit
-def _channels(pointer, at, inside):
+def channels(pointer, at, inside):
+    """Numbers of one head, in float32."""
     return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def head_step(
+    S,
+    r,
+    w,
+    k,
+    v,
+    rate,
+    g,
+    w0_ptr,
+    a0_ptr,
+    k_k_ptr,
+    k_a_ptr,
+    r_k_ptr,
+    weight_ptr,
+    bias_ptr,
+    own,
+    inside,
+    eps,
+    DECAY_SCALE: tl.constexpr,
+    KEY_EPS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """(the state after a token, the gated output) of one head from its projections [BN].
+
+    `v` is mixed with layer 0's already; `own` are the head's channels in vectors [C].
+    """
+    w = sigmoid(channels(w0_ptr, own, inside) + w)
+    a = sigmoid(channels(a0_ptr, own, inside) + rate)
+    unit = k * channels(k_k_ptr, own, inside)
+    unit = unit / tl.maximum(tl.sqrt(tl.sum(unit * unit, 0)), KEY_EPS)
+    key = k + k * (a - 1.0) * channels(k_a_ptr, own, inside)
+
+    removed = tl.sum(S * unit[None, :], 1)
+    S = S * tl.exp2((-DECAY_SCALE * LOG2E) * w)[None, :]
+    S = S - removed[:, None] * (unit * a)[None, :] + v[:, None] * key[None, :]
+
+    y = tl.sum(S * r[None, :], 1)
+    y = tl.where(inside, y - tl.sum(y, 0) / N, 0.0)
+    y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps)
+    bonus = tl.sum(r * key * channels(r_k_ptr, own, inside), 0)
+    out = y * channels(weight_ptr, own, inside) + channels(bias_ptr, own, inside) + bonus * v
+    return S, out * g
 
 
 @triton.jit(do_not_specialize=["H", "eps"])
@@ -103,28 +149,31 @@ def time_mix_step(
     square = (slot * H + h) * (N * N) + i[:, None] * N + i[None, :]
     used = inside[:, None] & inside[None, :] & (slot >= 0)
     S = tl.load(state_ptr + square, used, other=0.0)
-
-    r = _channels(r_ptr, at, inside)
-    k = _channels(k_ptr, at, inside)
-    w = sigmoid(_channels(w0_ptr, own, inside) + _channels(w_ptr, at, inside))
-    a = sigmoid(_channels(a0_ptr, own, inside) + _channels(rate_ptr, at, inside))
-    unit = k * _channels(k_k_ptr, own, inside)
-    unit = unit / tl.maximum(tl.sqrt(tl.sum(unit * unit, 0)), KEY_EPS)
-    key = k + k * (a - 1.0) * _channels(k_a_ptr, own, inside)
-    v = _channels(v_ptr, at, inside)
+    v = channels(v_ptr, at, inside)
     if MIXES_VALUE:
-        share = sigmoid(_channels(v0_ptr, own, inside) + _channels(share_ptr, at, inside))
-        v += (_channels(v_first_ptr, at, inside) - v) * share
-
-    removed = tl.sum(S * unit[None, :], 1)
-    S = S * tl.exp2((-DECAY_SCALE * LOG2E) * w)[None, :]
-    S = S - removed[:, None] * (unit * a)[None, :] + v[:, None] * key[None, :]
+        share = sigmoid(channels(v0_ptr, own, inside) + channels(share_ptr, at, inside))
+        v += (channels(v_first_ptr, at, inside) - v) * share
+    S, out = head_step(
+        S,
+        channels(r_ptr, at, inside),
+        channels(w_ptr, at, inside),
+        channels(k_ptr, at, inside),
+        v,
+        channels(rate_ptr, at, inside),
+        channels(g_ptr, at, inside),
+        w0_ptr,
+        a0_ptr,
+        k_k_ptr,
+        k_a_ptr,
+        r_k_ptr,
+        weight_ptr,
+        bias_ptr,
+        own,
+        inside,
+        eps,
+        DECAY_SCALE,
+        KEY_EPS,
+        N,
+    )
     tl.store(state_ptr + square, S, used)
-
-    y = tl.sum(S * r[None, :], 1)
-    y = tl.where(inside, y - tl.sum(y, 0) / N, 0.0)
-    y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps)
-    bonus = tl.sum(r * key * _channels(r_k_ptr, own, inside), 0)
-    out = y * _channels(weight_ptr, own, inside) + _channels(bias_ptr, own, inside) + bonus * v
-    out = out * _channels(g_ptr, at, inside)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)
