@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import TILE_WARPS, head_tile, needs_operator, on_device_of, rows_apiece, runs_fused
 
 
 def mixed_value(
@@ -22,11 +22,11 @@ def mixed_value(
     `heads` cuts the channels for the kernel; it changes nothing in the result.
     """
     if runs_fused(v, first, share, v0):
-        return _mixed_value(v, first, share, v0, heads)
+        run = _mixed_value_operator if needs_operator(v) else _mixed_value
+        return run(v, first, share, v0, heads)
     return torch.addcmul(v, first - v, torch.sigmoid(v0 + share).to(v.dtype))
 
 
-@torch.library.custom_op("rwkv7::mixed_value", mutates_args=())
 def _mixed_value(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
     from .kernels.heads import mixed_value
 
@@ -42,7 +42,10 @@ def _mixed_value(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int
     return out
 
 
-@_mixed_value.register_fake
+_mixed_value_operator = torch.library.custom_op("rwkv7::mixed_value", _mixed_value, mutates_args=())
+
+
+@_mixed_value_operator.register_fake
 def _(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
     return v.new_empty(v.shape)
 
@@ -85,4 +88,4 @@ def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return (*torch.ops.rwkv7.mixed_value_backward(dout, *ctx.saved_tensors, ctx.heads), None)
 
 
-_mixed_value.register_autograd(_differentiate, setup_context=_setup_context)
+_mixed_value_operator.register_autograd(_differentiate, setup_context=_setup_context)
