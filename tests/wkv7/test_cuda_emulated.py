@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 from wkv7.cases import Case, Place, arguments, exact, failures, make_inputs
 from wkv7.emulation import LARGE, Emulator, Guard, emulate, why_not
 
@@ -115,6 +116,26 @@ def test_forward(case: Case) -> None:
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_forward_in_fp16(case: Case) -> None:
     assert not forward_failures(case, torch.float16)
+
+
+@pytest.mark.parametrize("N", [64, 128])
+@pytest.mark.parametrize(("T", "seed"), [(2, 45), (2, 52), (3, 48)])
+def test_products_that_cancel_in_fp16(T: int, seed: int, N: int) -> None:
+    """A few tokens whose r·k are small sums of large terms: y and dv keep their digits."""
+    case = Case(T=T, state="none", through="y", **{**ONE, "K": N, "V": N})
+    given, options = arguments(case, make_inputs(case, torch.float16, seed), CPU, torch.float16)
+
+    def y_and_dv(given: list[Tensor | None], **options: object) -> tuple[Tensor, ...]:
+        leaves = [x if x is None else x.detach().requires_grad_() for x in given]
+        y, _ = wkv7(*leaves, **options)
+        return y, *torch.autograd.grad(y.sum(), leaves[3])
+
+    found = y_and_dv(given, **options)
+    wide = [x if x is None else x.double() for x in given]
+    expected = y_and_dv(wide, **{**options, "backend": "reference"})
+    bounds = BOUNDS[torch.float16]
+    for x, right, bound in zip(found, expected, (bounds.y, bounds.gradient), strict=True):
+        assert relative_error(x, right) < bound
 
 
 @pytest.mark.parametrize("case", [*CASES, *ONE_SIDED], ids=str)

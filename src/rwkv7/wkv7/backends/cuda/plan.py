@@ -68,7 +68,7 @@ class Kernel:
 KERNELS = (
     Kernel("forward", 64, 128, (56384, 64576), "FORWARD_BYTES"),
     Kernel("forward", 64, 256, (112768, 129152), "FORWARD_BYTES", pipelined=True),
-    Kernel("forward", 128, 128, (107584, 123968), "FORWARD_BYTES", blocks=2),
+    Kernel("forward", 128, 128, (111680, 128064), "FORWARD_BYTES", blocks=2),
     Kernel("backward", 64, 128, (114752, 122944), "SHARED_BYTES"),
     Kernel("backward", 64, 384, (213136, 229520), "SHARED_BYTES", pipelined=True),
     Kernel("backward", 128, 256, (208960, 225344), "SHARED_BYTES"),

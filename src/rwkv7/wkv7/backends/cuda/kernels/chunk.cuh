@@ -28,7 +28,8 @@ constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
 constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
-constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * SOLVE_ROW;
+constexpr int RHO_LOW_ROW = N + 16;  // bytes; forward they lie where A_ab will be solved
+constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * RHO_LOW_ROW;
 constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
 constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
 constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
@@ -109,6 +110,33 @@ DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
     for (int i = 0; i < 4; ++i) k[i] = lows[i] & UPPER, b[i] = lows[i] << 8 & UPPER;
 }
 
+// What ρ loses to fp16, for inputs of fp16 alone: the r·k of a few tokens may cancel, and then it shows.
+// Backward a tile, in W's place, forward the upper bytes; read before A_ab is solved there.
+DEVICE char* step_rho_low(char* shared, int step) {
+    return BACKWARD ? shared + MOVE : step_inverse(shared, step);
+}
+DEVICE void store_rho_low(char* tile, int row, int part, u32 low) {
+    if (BACKWARD) {
+        *channels_at(tile, row, part) = low;
+        return;
+    }
+    const u32 bytes = low + HALF_BYTE;
+    *(u16*)(tile + row % STEP * RHO_LOW_ROW + 64 * part + 2 * lane_id()) =
+        (u16)((bytes >> 8 & 0xffu) | (bytes >> 16 & 0xff00u));
+}
+DEVICE void left_rho_low(u32 x[4], const char* tile, int first, int block) {
+    if (BACKWARD) {
+        left_operand(x, tile, first, block);
+        return;
+    }
+    const char* at = tile + (lane_id() >> 2) * RHO_LOW_ROW + 16 * block + (lane_id() & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 bytes = *(const u16*)(at + (i & 1) * 8 * RHO_LOW_ROW + (i >> 1) * 8);
+        x[i] = bytes << 8 & 0xff00u | bytes << 16 & 0xff000000u;
+    }
+}
+
 // Waits for the step's rows; those of w past the end are made such that nothing decays there.
 DEVICE void rows_loaded(char* shared, int tokens) {
     const int first = STEP * prepared_step();
@@ -172,9 +200,14 @@ DEVICE void turn_operands(char* shared, int step, int part, const Decays& d, flo
         u32* a = channels_at(shared + A, first + j, part);
         u32* b = channels_at(shared + B, first + j, part);
         float down0 = inverse_of(d.up0[j]), down1 = inverse_of(d.up1[j]);
-        if (WITH_R)
-            *r = pack_half(low_input(*r) * (d.up0[j] * r_inverse),
-                           high_input(*r) * (d.up1[j] * r_inverse));
+        if (WITH_R) {
+            const float r0 = low_input(*r) * (d.up0[j] * r_inverse);
+            const float r1 = high_input(*r) * (d.up1[j] * r_inverse);
+            *r = pack_half(r0, r1);
+            if (INPUT_FP16)
+                store_rho_low(step_rho_low(shared, step), first + j, part,
+                              pack_half(r0 - low_half(*r), r1 - high_half(*r)));
+        }
         u32 k_low = 0;
         if (WITH_K) {
             float k0 = low_input(*k) * (down0 * k_inverse);
@@ -267,8 +300,8 @@ DEVICE void keep_lower(float d[2][4], bool diagonal) {
 }
 
 // The scores of a step's tokens: A_ab and A_ak below the diagonal, A_rb and A_rk with it.
-DEVICE void find_scores(const char* shared, int first, const char* alpha_low, float ab[2][4],
-                        float ak[2][4], float rb[2][4], float rk[2][4]) {
+DEVICE void find_scores(const char* shared, int first, const char* alpha_low, const char* rho_low,
+                        float ab[2][4], float ak[2][4], float rb[2][4], float rk[2][4]) {
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 alpha[4], rho[4], beta[4], kappa[4];
@@ -300,6 +333,10 @@ DEVICE void find_scores(const char* shared, int first, const char* alpha_low, fl
             if (WITH_R) mma_pair(rb, rho, b_low);
             if (WITH_K) mma_pair(ak, alpha, k_low);
             if (WITH_R && WITH_K) mma_pair(rk, rho, k_low);
+            if (!WITH_R) continue;
+            left_rho_low(low, rho_low, first, block);
+            mma_pair(rb, low, beta);
+            if (WITH_K) mma_pair(rk, low, kappa);
         }
     }
     keep_lower(ab, false), keep_lower(ak, false), keep_lower(rb, true), keep_lower(rk, true);
@@ -392,7 +429,8 @@ DEVICE void prepare(char* shared) {
     float ab[2][4] = {}, ak[2][4] = {}, rb[2][4] = {}, rk[2][4] = {};
     char *inverse = step_inverse(shared, step), *squares = step_squares(shared, step);
     if (leads) {
-        find_scores(shared, first, step_low(shared, step), ab, ak, rb, rk);
+        find_scores(shared, first, step_low(shared, step), step_rho_low(shared, step), ab, ak, rb, rk);
+        if (INPUT_FP16) sync_warp();  // what ρ loses has been read
         invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
     }
     if (WARPS_PER_STEP > 1) sync_step();
