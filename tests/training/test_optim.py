@@ -85,6 +85,8 @@ def test_adam_is_the_textbook_one_with_rates_by_group(model: RWKV7) -> None:
         ({"clip": 0.0}, "clip"),
         ({"seed": 2**63}, "seed: expected a whole number of 64 bits"),
         ({"sample_prompt": "\udcff"}, "sample_prompt: expected text"),
+        ({"sample_prompt": "In"}, "sample_prompt: expected sample_every beside it"),
+        ({"lora_rank": 8}, 'lora_rank: expected nothing with tune "full", found 8'),
         ({"recompute": "all"}, "recompute: expected one of nothing, cheap, layers"),
         ({"held_out": -1}, "held_out"),
         ({"dtype": "fp8"}, "dtype: expected one of auto, fp32, bf16, found 'fp8'"),

@@ -144,6 +144,8 @@ class TrainSettings:
         self._require("sample_every", self.sample_every >= 0, "at least 0")
         prompt = self.sample_prompt.encode("utf-8", "replace").decode() == self.sample_prompt
         self._require("sample_prompt", prompt, "text that can be written as UTF-8")
+        begun = not self.sample_prompt or self.sample_every > 0
+        self._require("sample_prompt", begun, "sample_every beside it, above 0")
         self._require("seed", -(2**63) <= self.seed < 2**63, "a whole number of 64 bits")
         self._require("clip", self.clip > 0, "above 0 (inf: never clip)")
         self._require("held_out", self.held_out is None or self.held_out >= 0, "at least 0")
@@ -154,6 +156,9 @@ class TrainSettings:
         self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self._require("tune", self.tune in TUNING_RATES, f"one of {', '.join(TUNING_RATES)}")
         self._require("lora_alpha", 0 < self.lora_alpha < math.inf, "above 0")
+        for name in () if self.tune == "lora" else ("lora_rank", "lora_alpha"):
+            unsaid = getattr(self, name) == TrainSettings.__dataclass_fields__[name].default
+            self._require(name, unsaid, f'nothing with tune "{self.tune}"')
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

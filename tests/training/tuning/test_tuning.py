@@ -63,7 +63,7 @@ def test_a_run_resumed_ends_as_one_that_was_not(
 ) -> None:
     if tune == "lora":
         pytest.importorskip("peft")
-    given = {**SHORT, "tune": tune, "lora_rank": 2, "lr": 1e-2}
+    given = {**SHORT, "tune": tune, "lr": 1e-2, **({"lora_rank": 2} if tune == "lora" else {})}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert tune_model(base, given, [text], whole, device=CPU).finished
     tune_model(base, given, [text], cut, device=CPU, on_step=lambda record: record.step == 3)
