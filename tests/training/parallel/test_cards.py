@@ -77,13 +77,13 @@ def alone(batch):
 @pytest.mark.parametrize(
     ("mode", "batch", "parts", "recompute"),
     [
-        ("ddp", rows(), 1, False),
-        ("ddp", rows(), 2, True),
-        ("fsdp", rows(), 2, False),
-        ("fsdp", rows(), 2, True),
-        ("fsdp", documents(), 1, False),
-        ("ddp", documents(), 3, False),  # one of the ranks has a document less than parts
-        ("fsdp", documents(), 3, False),
+        ("ddp", rows(), 1, "nothing"),
+        ("ddp", rows(), 2, "layers"),
+        ("fsdp", rows(), 2, "nothing"),
+        ("fsdp", rows(), 2, "cheap"),
+        ("fsdp", documents(), 1, "nothing"),
+        ("ddp", documents(), 3, "nothing"),  # one of the ranks has a document less than parts
+        ("fsdp", documents(), 3, "nothing"),
     ],
 )
 def test_two_ranks_step_as_one_process(ranks, mode, batch, parts, recompute):
