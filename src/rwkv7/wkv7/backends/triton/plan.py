@@ -45,6 +45,8 @@ WALK = Walk(warps=4, rows=64)
 WALK_FEW = Walk(warps=4, stages=3, rows=32)
 WALK_BACK = Walk(warps=4, rows=64)
 WALK_BACK_FEW = Walk(warps=4, stages=3, rows=32)
+# Above K = 64 a pipeline of three chunks leaves no shared memory; not measured.
+WALK_FEW_WIDE = Walk(warps=4, stages=2, rows=32)
 # With fewer (sequence, head) pairs than this a card is not full, and V is cut further.
 FEW_PAIRS = 256
 
@@ -93,12 +95,16 @@ def _exact_on_gpu(call: Call) -> bool:
 
 def walk_for(call: Call) -> Walk:
     """The forward walk: rows of V are cut where pairs are few."""
-    return WALK_FEW if _few(call) else WALK
+    return (WALK_FEW_WIDE if _wide(call) else WALK_FEW) if _few(call) else WALK
 
 
 def walk_back_for(call: Call) -> Walk:
     """The walk back, cut likewise."""
-    return WALK_BACK_FEW if _few(call) else WALK_BACK
+    return (WALK_FEW_WIDE if _wide(call) else WALK_BACK_FEW) if _few(call) else WALK_BACK
+
+
+def _wide(call: Call) -> bool:
+    return call.sizes[3] > CHUNK_LARGEST_ELSEWHERE
 
 
 def _few(call: Call) -> bool:
