@@ -92,7 +92,7 @@ def test_packed(decay):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20)])
+@pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20), (80, 128)])
 def test_odd_sizes(K, V):
     compare(inputs(1, 40, 1, K, V))
 

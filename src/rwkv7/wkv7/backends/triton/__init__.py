@@ -1,7 +1,8 @@
 """The portable GPU backend: Triton kernels with static configurations, nothing tuned at run time.
 
-Two routes. By chunks of 64 tokens (RWKV-7's own decays, 16-bit inputs, K and V up to 64): a kernel
-over all chunks, a short walk over states, and backward the same. Token by token in fp32: the rest.
+Two routes. By chunks of 64 tokens (RWKV-7's own decays, 16-bit inputs, K and V up to 128, or 64 on
+other cards than Hopper's): a kernel over all chunks, a short walk over states, and backward a walk
+and one kernel again. Token by token in fp32: the rest.
 Importing this module imports no triton; the kernels are loaded by the first call that runs.
 """
 

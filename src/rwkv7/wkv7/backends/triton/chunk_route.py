@@ -9,17 +9,16 @@ from torch import Tensor
 
 from rwkv7.wkv7.contract import Call
 
-from .kernels.gradients import column_gradients, row_gradients
+from .kernels.gradients import chunk_gradients
 from .kernels.maps import chunk_maps
 from .kernels.walks import walk_states, walk_states_back
 from .plan import (
     CHUNK,
     GRADIENTS,
     MAPS,
-    WALK_BACK,
     chunk_block,
     products,
-    rounds_scores,
+    walk_back_for,
     walk_for,
 )
 
@@ -41,7 +40,7 @@ class Kept:
     """
 
     states_scale: Tensor
-    decay: Tensor
+    ends: Tensor
     scale: Tensor
     states: Tensor
     move: Tensor
@@ -50,8 +49,7 @@ class Kept:
     write: Tensor
     remove: Tensor
     replace: Tensor
-    inner: Tensor
-    mix: Tensor
+    joint: Tensor
 
     @staticmethod
     def shapes(call: Call, save: bool) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -59,13 +57,13 @@ class Kept:
         _, _, H, K, V = call.sizes
         n, C = chunk_count(call), CHUNK
         m = n if save else 0
-        words = ((m, H, V), (n, H, K), (n, H, 3 * C))
+        words = ((m, H, V), (n, H, 2 * K), (n, H, 7 * C))
         maps = ((m, H, V, K), (n, H, K, K), (n, H, C, K), (n, H, C, C), (n, H, C, K))
-        backward = ((m, H, C, K), (m, H, C, K), (m, H, C, C), (m, H, C, C))
+        backward = ((m, H, C, K), (m, H, C, K), (m, H, C, C))
         narrow = map_dtype(call)
         # fp16 inputs are held to finer bounds than an fp16 `move` keeps: see walk_product.
         move = torch.float32 if call.v.dtype == torch.float16 else narrow
-        dtypes = (*(torch.float32,) * len(words), narrow, move, *(narrow,) * 7)
+        dtypes = (*(torch.float32,) * len(words), narrow, move, *(narrow,) * 6)
         return tuple(zip((*words, *maps, *backward), dtypes, strict=True))
 
     @classmethod
@@ -87,7 +85,7 @@ class Kept:
 
 def map_dtype(call: Call) -> torch.dtype:
     """The dtype of the chunks' maps: fp16 with a scale per row for 16-bit inputs, else fp32."""
-    return torch.float16 if products(call.v) == "pair" else torch.float32
+    return torch.float32 if products(call.v) == "ieee" else torch.float16
 
 
 def _words(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -110,15 +108,15 @@ def forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK}
     chunk_maps[(n * H,)](
         call.r, call.w, call.k, call.a, call.b,
-        kept.decay, kept.move, kept.query, kept.direct, kept.write,
-        kept.remove, kept.replace, kept.inner, kept.mix, kept.scale,
+        kept.ends, kept.move, kept.query, kept.direct, kept.write,
+        kept.remove, kept.replace, kept.joint, kept.scale,
         call.cu_seqlens, S, T, H, **sizes,
         LOGIT=call.decay == "logit", PACKED=packed, SAVE=save, HOW=how,
         num_warps=MAPS.warps, num_stages=MAPS.stages,
     )  # fmt: skip
     walk = walk_for(call)
     walk_states[(S * H, -(-V // walk.rows))](
-        kept.decay, kept.move, kept.query, kept.direct, kept.write, kept.scale, call.v,
+        kept.ends, kept.move, kept.query, kept.direct, kept.write, kept.scale, call.v,
         call.state, y, final, kept.states, kept.states_scale,
         call.cu_seqlens, T, H, **sizes, V=V, BV=walk.rows,
         PACKED=packed, GIVEN=call.state is not None, SAVE=save, HOW=how,
@@ -142,30 +140,19 @@ def backward(
     sizes = {"K": K, "V": V, "BK": chunk_block(K), "C": CHUNK}
     inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
     dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in inputs)
-    walk_states_back[(S * H, -(-V // WALK_BACK.rows))](
-        kept.decay, kept.move, kept.query, kept.direct, kept.write, kept.scale,
+    walk = walk_back_for(call)
+    walk_states_back[(S * H, -(-V // walk.rows))](
+        kept.ends, kept.move, kept.query, kept.direct, kept.write, kept.scale,
         dy, dfinal, dstates, dstates_scale, dstate, dv,
-        call.cu_seqlens, T, H, **sizes, BV=WALK_BACK.rows,
+        call.cu_seqlens, T, H, **sizes, BV=walk.rows,
         PACKED=packed, HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None, HOW=how,
-        num_warps=WALK_BACK.warps, num_stages=WALK_BACK.stages,
+        num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
-    U = call.v.new_empty((n, H, CHUNK, V), dtype=map_dtype(call))
-    Z = torch.empty_like(U)
-    uz_scale = call.v.new_empty((n, H, 2 * CHUNK), dtype=torch.float32)
-    dlog = call.v.new_empty((n, H, CHUNK, K), dtype=torch.float32)
-    options = {
-        **sizes, "BV": chunk_block(V), "LOGIT": call.decay == "logit", "PACKED": packed,
-        "HAS_DY": dy is not None, "HOW": how, "COARSE": rounds_scores(call),
-        "num_warps": GRADIENTS.warps, "num_stages": GRADIENTS.stages,
-    }  # fmt: skip
-    row_gradients[(n * H,)](
-        *inputs, dy, kept.remove, kept.replace, kept.inner, kept.mix, kept.scale,
-        kept.states, kept.states_scale, dstates, dstates_scale, U, Z, uz_scale, dlog, dr, da,
-        call.cu_seqlens, S, T, H, **options,
+    chunk_gradients[(n * H,)](
+        *inputs, dy, kept.ends, kept.remove, kept.replace, kept.joint, kept.scale,
+        kept.states, kept.states_scale, dstates, dstates_scale, dr, dw, dk, da, db,
+        call.cu_seqlens, S, T, H, K=K, V=V, BK=64, BV=chunk_block(V), C=CHUNK,
+        LOGIT=call.decay == "logit", PACKED=packed, HAS_DY=dy is not None, HOW=how,
+        num_warps=GRADIENTS.warps, num_stages=GRADIENTS.stages,
     )  # fmt: skip
-    for last, key, value, dkey in ((False, call.k, call.v, dk), (True, call.b, U, db)):
-        column_gradients[(n * H,)](
-            call.r, call.w, call.a, key, value, dy, dstates, dstates_scale, Z, uz_scale, dlog,
-            dkey, dw, call.cu_seqlens, S, T, H, **options, LAST=last,
-        )  # fmt: skip
     return dr, dw, dk, dv, da, db, dstate

@@ -15,7 +15,9 @@ from rwkv7.wkv7.contract import Call
 CHUNK = 64
 SPAN = 16  # tokens between two states that the token route saves, and rebuilds backward
 LARGEST = 256
-CHUNK_LARGEST = 64
+# K and V up to which calls go by chunks. The wide kernels are for Hopper, whose products read both
+# factors from shared memory: compiled for 8.0 they keep nearly everything in local memory.
+CHUNK_LARGEST, CHUNK_LARGEST_ELSEWHERE = 128, 64
 # Sequences up to this length are walked token by token: a chunk would be mostly padding.
 SHORT = 16
 
@@ -35,17 +37,18 @@ class Walk(Launch):
     rows: int = 64
 
 
-# The chunked route, for K and V up to 64. Measured on an H100 (bf16): 8 warps are slower (a tile of
-# 64 rows has work for four), a pipeline gains nothing but in a walk with few programs.
+# The chunked route. Measured on an H100 (bf16): 8 warps are slower (a tile of 64 rows has work for
+# four), a pipeline gains nothing but in a walk with few programs.
 MAPS = Launch(warps=4)
 GRADIENTS = Launch(warps=4)
 WALK = Walk(warps=4, rows=64)
 WALK_FEW = Walk(warps=4, stages=3, rows=32)
 WALK_BACK = Walk(warps=4, rows=64)
+WALK_BACK_FEW = Walk(warps=4, stages=3, rows=32)
+# Above K = 64 a pipeline of three chunks leaves no shared memory; not measured.
+WALK_FEW_WIDE = Walk(warps=4, stages=2, rows=32)
 # With fewer (sequence, head) pairs than this a card is not full, and V is cut further.
 FEW_PAIRS = 256
-# From this many tokens, counted once a head, errors in bf16 average out: see rounds_scores.
-MANY_TOKENS = 2048
 
 
 def block(size: int) -> int:
@@ -61,7 +64,7 @@ def chunk_block(size: int) -> int:
 def takes_chunks(call: Call) -> bool:
     """Whether the call runs by chunks; else it is walked token by token."""
     _, T, _, K, V = call.sizes
-    if call.decay == "log" or max(K, V) > CHUNK_LARGEST or _exact_on_gpu(call):
+    if call.decay == "log" or max(K, V) > _largest(call.v) or _exact_on_gpu(call):
         return False
     return call.invariant or T > SHORT
 
@@ -71,11 +74,17 @@ def why_tokens(call: Call) -> str:
     _, _, _, K, V = call.sizes
     if call.decay == "log":
         return 'decay="log" has no floor; "log_bounded" is faster'
-    if max(K, V) > CHUNK_LARGEST:
-        return f"chunks take K and V up to {CHUNK_LARGEST}"
+    if max(K, V) > _largest(call.v):
+        return f"chunks take K and V up to {_largest(call.v)}"
     if _exact_on_gpu(call):
         return "float32 inputs: true float32 products"
     return "a short sequence"
+
+
+def _largest(v: torch.Tensor) -> int:
+    if v.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(v.device)[0] != 9):
+        return CHUNK_LARGEST_ELSEWHERE
+    return CHUNK_LARGEST
 
 
 def _exact_on_gpu(call: Call) -> bool:
@@ -85,10 +94,22 @@ def _exact_on_gpu(call: Call) -> bool:
 
 
 def walk_for(call: Call) -> Walk:
-    """The forward walk: rows of V are cut where pairs are few; the sequences count unless the
-    call must not depend on its batch."""
-    pairs = call.sizes[2] * (1 if call.invariant else call.sequences)
-    return WALK if pairs >= FEW_PAIRS else WALK_FEW
+    """The forward walk: rows of V are cut where pairs are few."""
+    return (WALK_FEW_WIDE if _wide(call) else WALK_FEW) if _few(call) else WALK
+
+
+def walk_back_for(call: Call) -> Walk:
+    """The walk back, cut likewise."""
+    return (WALK_FEW_WIDE if _wide(call) else WALK_BACK_FEW) if _few(call) else WALK_BACK
+
+
+def _wide(call: Call) -> bool:
+    return call.sizes[3] > CHUNK_LARGEST_ELSEWHERE
+
+
+def _few(call: Call) -> bool:
+    # Sequences count unless the call must not depend on its batch.
+    return call.sizes[2] * (1 if call.invariant else call.sequences) < FEW_PAIRS
 
 
 def token_rows(K: int, V: int) -> int:
@@ -97,22 +118,12 @@ def token_rows(K: int, V: int) -> int:
 
 
 def products(v: torch.Tensor) -> str:
-    """How the chunked kernels multiply: see `multiply` in kernels/tiles.py.
+    """The operands of the chunked kernels' products.
 
-    "pair" for 16-bit inputs on NVIDIA's cards; true fp32 elsewhere (the interpreter has no bf16
-    products).
+    "half": fp16 where digits are to spare, two bf16 numbers elsewhere; "halves", for fp16 inputs,
+    which are held to finer bounds: two fp16 numbers in the place of one. "ieee": true fp32, off
+    NVIDIA's cards (Triton's interpreter has no bf16 products).
     """
-    return "pair" if v.is_cuda and torch.version.hip is None else "ieee"
-
-
-def rounds_scores(call: Call) -> bool:
-    """Whether backward rounds the gradients of a chunk's scores to bf16 before the last products.
-
-    That spares a third of those products and moves gradients in bf16 by 1.7e-3 to 2e-3 at K = 64
-    (3e-3 are allowed, rounding them at the end takes 1.7e-3). With fewer channels than a chunk has
-    tokens the last products cancel more (2.7e-3), and in a call of few tokens a few numbers decide
-    (2.3e-3): there nothing is rounded.
-    """
-    B, T, H, K, _ = call.sizes
-    narrow = products(call.v) == "pair" and call.v.dtype == torch.bfloat16
-    return narrow and K >= CHUNK and B * T * H >= MANY_TOKENS and not call.invariant
+    if not v.is_cuda or torch.version.hip is not None:
+        return "ieee"
+    return "halves" if v.dtype == torch.float16 else "half"

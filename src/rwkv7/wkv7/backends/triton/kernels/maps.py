@@ -22,6 +22,7 @@ from .tiles import (
     lower_inverse,
     multiply,
     narrow,
+    store_power,
     store_scaled,
 )
 
@@ -33,15 +34,14 @@ def chunk_maps(
     k_ptr: tl.tensor,
     a_ptr: tl.tensor,
     b_ptr: tl.tensor,
-    decay_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     move_ptr: tl.tensor,
     query_ptr: tl.tensor,
     direct_ptr: tl.tensor,
     write_ptr: tl.tensor,
     remove_ptr: tl.tensor,
     replace_ptr: tl.tensor,
-    inner_ptr: tl.tensor,
-    mix_ptr: tl.tensor,
+    joint_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     cu: tl.tensor,
     sequences: tl.tensor,
@@ -55,10 +55,11 @@ def chunk_maps(
     SAVE: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """decay [n, H, K] = D, move [n, H, K, K] = M, query [n, H, C, K] = Q, direct [n, H, C, C] = G,
-    write [n, H, C, K] = R for n chunks; with SAVE also remove [n, H, C, K] = W, replace
-    [n, H, C, K] = W_b, inner [n, H, C, C] = N, mix [n, H, C, C] = P. scale [n, H, 3·C] holds the
-    powers of two of the rows of query, direct and mix."""
+    """ends [n, H, 2, K]: the decays from the chunk's start to its middle and from there to its end;
+    move [n, H, K, K] = M, query [n, H, C, K] = Q, direct [n, H, C, C] = G, write [n, H, C, K] = R
+    for n chunks. With SAVE also remove [n, H, C, K] = W, replace [n, H, C, K] = W_b and joint
+    [n, H, C, C]: N below the diagonal, Pᵀ on and above it. scale [n, H, 7, C] holds the powers of
+    two of the rows of query, direct and Pᵀ and, as logarithms, those of α, β, κ, ρ."""
     chunk = tl.program_id(0) // H
     h = tl.program_id(0) % H
     start, tokens = chunk_bounds(chunk, cu, sequences, T, C, PACKED)
@@ -86,9 +87,8 @@ def chunk_maps(
     write_ptr += index * (C * K)
     remove_ptr += index * (C * K)
     replace_ptr += index * (C * K)
-    inner_ptr += index * (C * C)
-    mix_ptr += index * (C * C)
-    scale_ptr += index * (3 * C) + t
+    joint_ptr += index * (C * C)
+    scale_ptr += index * (7 * C) + t
     ck = t[:, None] * K + kc[None, :]
     in_ck = t1[:, None] & k1[None, :]
     cc = t[:, None] * C + t[None, :]
@@ -103,8 +103,9 @@ def chunk_maps(
     g -= middle[None, :]
     to_start = tl.exp2(middle)
     to_end = tl.exp2(last - middle)
-    tl.store(decay_ptr + index * K + kc, tl.exp2(last), k1)
-    PRECISION: tl.constexpr = "tf32" if HOW == "pair" else HOW  # fp16 operands take no notice
+    tl.store(ends_ptr + index * (2 * K) + kc, to_start, k1)
+    tl.store(ends_ptr + index * (2 * K) + K + kc, to_end, k1)
+    PRECISION: tl.constexpr = "tf32" if HOW != "ieee" else HOW  # fp16 operands take no notice
     no_cc = tl.zeros([C, C], tl.float32)
     no_ck = tl.zeros([C, BK], tl.float32)
     alpha = tl.load(a_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g - decay)
@@ -115,7 +116,7 @@ def chunk_maps(
     # What is referenced to the chunk's start or end does not exceed a, b, k: fp16 holds it.
     ending = narrow(beta * to_end[None, :], HOW)
     W = multiply(X, alpha, no_ck, HOW) * to_start[None, :]
-    if HOW == "pair" and move_ptr.dtype.element_ty == tl.float32:
+    if HOW != "ieee" and move_ptr.dtype.element_ty == tl.float32:
         M = multiply(W, beta * to_end[None, :], tl.zeros([BK, BK], tl.float32), HOW, XT=True)
         W = narrow(W, HOW)
     else:
@@ -124,6 +125,8 @@ def chunk_maps(
     square = move_ptr + kc[:, None] * K + kc[None, :]
     tl.store(square, M.to(move_ptr.dtype.element_ty), k1[:, None] & k1[None, :])
     if SAVE:
+        store_power(alpha, scale_ptr + 3 * C, HOW)
+        store_power(beta, scale_ptr + 4 * C, HOW)
         tl.store(remove_ptr + ck, W, in_ck)
         W_b = multiply(X, beta, no_ck, HOW, XT=True) * to_end[None, :]
         tl.store(replace_ptr + ck, narrow(W_b, HOW), in_ck)
@@ -131,7 +134,7 @@ def chunk_maps(
     A_ak = tl.where(below, multiply(alpha, kappa, no_cc, HOW, YT=True), 0.0)
     N = narrow(multiply(X, A_ak, no_cc, HOW), HOW)
     if SAVE:
-        tl.store(inner_ptr + cc, N, in_cc)
+        store_power(kappa, scale_ptr + 5 * C, HOW)
     R = tl.dot(tl.trans(N), ending, acc=kappa * to_end[None, :], input_precision=PRECISION)
     tl.store(write_ptr + ck, narrow(R, HOW), in_ck)
 
@@ -139,8 +142,10 @@ def chunk_maps(
     rho = tl.load(r_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g)
     A_rb = tl.where(upto, multiply(rho, beta, no_cc, HOW, YT=True), 0.0)
     if SAVE:
-        P = multiply(A_rb, X, no_cc, HOW)
-        store_scaled(P, mix_ptr + cc, in_cc, scale_ptr + 2 * C, t1)
+        store_power(rho, scale_ptr + 6 * C, HOW)
+        P, power = halved(multiply(X, A_rb, no_cc, HOW, XT=True, YT=True), HOW)
+        tl.store(scale_ptr + 2 * C, power)
+        tl.store(joint_ptr + cc, tl.where(below, N, P))
     A_rk = tl.where(upto, multiply(rho, kappa, no_cc, HOW, YT=True), 0.0)
     A_rb, power = halved(A_rb, HOW)
     G = A_rk + tl.dot(A_rb, N, input_precision=PRECISION) * power[:, None]

@@ -10,6 +10,8 @@ import triton.language as tl
 from rwkv7.wkv7.contract import DECAY_SCALE
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where the largest element of a row of an fp16 operand is put: 28 bits below it stay exact.
+LIFT = tl.constexpr(16384.0)
 LOGIT_SCALE = tl.constexpr(DECAY_SCALE)
 
 
@@ -72,21 +74,24 @@ def log2_decay(w: tl.tensor, LOGIT: tl.constexpr):
     """The base-2 logarithm of the decay that w stands for, in fp32."""
     w = w.to(tl.float32)
     if LOGIT:
-        w = -LOGIT_SCALE / (1.0 + tl.exp2(-LOG2E * w))
-    return w * LOG2E
+        log = (-LOGIT_SCALE * LOG2E) / (1.0 + tl.exp2(-LOG2E * w))
+    else:
+        log = w * LOG2E
+    return log
 
 
 @triton.jit
 def decay_gradient(gradient: tl.tensor, w: tl.tensor, LOGIT: tl.constexpr):
     """The gradient of w from that of the natural logarithm of the decay.
 
-    σ(-w) is computed on its own: 1 - σ(w) loses it where the sigmoid saturates.
+    σ(-w) is exp(-w)·σ(w): 1 - σ(w) loses it where the sigmoid saturates.
     """
     if LOGIT:
-        w = w.to(tl.float32)
-        rise = 1.0 / (1.0 + tl.exp2(-LOG2E * w))
-        fall = 1.0 / (1.0 + tl.exp2(LOG2E * w))
-        gradient = gradient * (-LOGIT_SCALE) * rise * fall
+        # Beyond -64 the gradient vanishes, and exp(-w) would be infinite.
+        inverse = tl.exp2(-LOG2E * tl.maximum(w.to(tl.float32), -64.0))
+        rise = 1.0 / (1.0 + inverse)
+        slope = (-LOGIT_SCALE * rise) * (inverse * rise)
+        gradient = gradient * slope
     return gradient
 
 
@@ -114,11 +119,11 @@ def multiply(
 ):
     """acc + x·y in fp32; XT and YT take the transpose of x and of y.
 
-    HOW "pair": each operand is the sum of two bf16 numbers, 16 bits together with the range of
-    fp32 (a decayed factor spans 2^±28 within a chunk, a gradient may be 1e-8); a bf16 operand is
-    one of them already. Anything else is `input_precision` of tl.dot.
+    But for HOW "ieee" each operand is the sum of two bf16 numbers, 16 bits together with the range
+    of fp32 (a decayed factor spans 2^±28 within a chunk, a gradient may be 1e-8); a bf16 operand
+    is one of them already.
     """
-    if HOW == "pair":
+    if HOW != "ieee":
         x_high = x if x.dtype == tl.bfloat16 else _high_part(x)
         y_high = y if y.dtype == tl.bfloat16 else _high_part(y)
         x_high = tl.trans(x_high) if XT else x_high
@@ -143,7 +148,7 @@ def multiply(
 def factor(pointers: tl.tensor, mask: tl.tensor, HOW: tl.constexpr):
     """A tile as an operand of `multiply`: bf16 values stay what they are, others become fp32."""
     tile = tl.load(pointers, mask, other=0.0)
-    if HOW != "pair" or tile.dtype != tl.bfloat16:
+    if HOW == "ieee" or tile.dtype != tl.bfloat16:
         tile = tile.to(tl.float32)
     return tile
 
@@ -187,9 +192,81 @@ def row_powers(tile: tl.tensor):
 
 
 @triton.jit
+def tile_power(tile: tl.tensor):
+    """The power of two at or below a tile's largest element, a scalar (1 for zeros and NaN)."""
+    largest = tl.max(tl.max(tl.abs(tile), 1), 0)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
+
+
+@triton.jit
+def leveled(tile: tl.tensor, HOW: tl.constexpr):
+    """(the tile in fp16 divided by one power of two, so that 28 bits below its largest element
+    stay exact; that power). With HOW "ieee" it stays fp32."""
+    tile = tile.to(tl.float32)
+    power = tile_power(tile) * (1.0 / LIFT)
+    tile *= 1.0 / power
+    if HOW != "ieee":
+        tile = tile.to(tl.float16)
+    return tile, power
+
+
+@triton.jit
+def store_power(tile: tl.tensor, scales: tl.tensor, HOW: tl.constexpr):
+    """Store the base-2 logarithms of what takes the rows of a tile to LIFT (zeros for "ieee")."""
+    power = row_powers(tile)
+    exponent = ((power.to(tl.int32, bitcast=True) >> 23) - (127 + 14)).to(tl.float32)
+    tl.store(scales, exponent * (0.0 if HOW == "ieee" else 1.0))
+
+
+@triton.jit
+def split_hat(tile: tl.tensor, HOW: tl.constexpr):
+    """An operand of `hat_dot`: the tile in fp16 and, for "halves", what rounding left."""
+    high = tile
+    low = tile
+    if HOW != "ieee":
+        high = tile.to(tl.float16)
+        low = high
+    if HOW == "halves":
+        low = (tile - high.to(tl.float32)).to(tl.float16)
+    return high, low
+
+
+@triton.jit
+def hat_values(high: tl.tensor, low: tl.tensor, HOW: tl.constexpr):
+    """What an operand from `split_hat` stands for, as it was rounded."""
+    value = high.to(tl.float32)
+    if HOW == "halves":
+        value += low.to(tl.float32)
+    return value
+
+
+@triton.jit
+def hat_dot(x, x_low, y, y_low, acc, HOW: tl.constexpr):
+    """acc + x·y of two operands from `split_hat`."""
+    if HOW == "ieee":
+        acc = tl.dot(x, y, acc=acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, y, acc=acc)
+    if HOW == "halves":
+        acc = tl.dot(x_low, y, acc=acc)
+        acc = tl.dot(x, y_low, acc=acc)
+    return acc
+
+
+@triton.jit
+def counting(C: tl.constexpr, SKIP: tl.constexpr):
+    """[C, C], whose product with rows [., C] is their running sum, SKIP elements behind, counted
+    from the middle of the row and negative before it."""
+    t = tl.arange(0, C)
+    ones = tl.where(t[:, None] + SKIP <= t[None, :], 1.0, 0.0)
+    return (ones - tl.where((t < C // 2)[:, None], 1.0, 0.0)).to(tl.bfloat16)
+
+
+@triton.jit
 def narrow(tile: tl.tensor, HOW: tl.constexpr):
-    """The tile in fp16 as it is, for values near 1; with another HOW than "pair": unchanged."""
-    if HOW == "pair":
+    """The tile in fp16 as it is, for values near 1; with HOW "ieee" unchanged."""
+    if HOW != "ieee":
         tile = tile.to(tl.float16)
     return tile
 
@@ -198,9 +275,9 @@ def narrow(tile: tl.tensor, HOW: tl.constexpr):
 def halved(tile: tl.tensor, HOW: tl.constexpr):
     """(the tile in fp16, each row divided by a power of two; that power [rows]).
 
-    For products whose rows carry the scale. With another HOW than "pair": (the tile, ones).
+    For products whose rows carry the scale. With HOW "ieee": (the tile, ones).
     """
-    if HOW == "pair":
+    if HOW != "ieee":
         power = row_powers(tile)
         tile = (tile * (1.0 / power)[:, None]).to(tl.float16)
     else:
@@ -209,32 +286,18 @@ def halved(tile: tl.tensor, HOW: tl.constexpr):
 
 
 @triton.jit
-def store_halved(
-    tile: tl.tensor,
-    power: tl.tensor,
-    pointers: tl.tensor,
-    mask: tl.tensor,
-    scales: tl.tensor,
-    rows: tl.tensor,
-):
-    """Store what `halved` returned."""
-    tl.store(pointers, tile, mask)
-    tl.store(scales, power, rows)
-
-
-@triton.jit
 def evened(tile: tl.tensor, powers: tl.tensor, HOW: tl.constexpr):
     """A tile with a power of two a row, on one power for all: for products that sum over rows."""
     power = tl.max(powers, 0)
-    if HOW == "pair":
-        tile = (tile.to(tl.float32) * (powers / power)[:, None]).to(tl.float16)
+    if HOW != "ieee":
+        tile *= (powers / power).to(tl.float16)[:, None]
     return tile, power
 
 
 @triton.jit
 def load_powers(scales: tl.tensor, rows: tl.tensor, HOW: tl.constexpr):
     """The powers of two that `store_scaled` kept (ones where it keeps none)."""
-    if HOW == "pair":
+    if HOW != "ieee":
         powers = tl.load(scales, rows, other=1.0)
     else:
         powers = tl.full(rows.shape, 1.0, tl.float32)
@@ -271,6 +334,6 @@ def load_transposed(pointer: tl.tensor, scales: tl.tensor, C: tl.constexpr, HOW:
     """The transpose of a [C, C] tile that `store_scaled` stored, in fp32."""
     t = tl.arange(0, C)
     tile = tl.load(pointer + t[None, :] * C + t[:, None]).to(tl.float32)
-    if HOW == "pair":
+    if HOW != "ieee":
         tile = tile * tl.load(scales + t)[None, :]
     return tile

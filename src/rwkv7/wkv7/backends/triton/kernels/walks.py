@@ -34,7 +34,7 @@ def walk_product(S, half, power, M, HOW: tl.constexpr, TRANSPOSED: tl.constexpr)
 
 @triton.jit(do_not_specialize=["T", "H"])
 def walk_states(
-    decay_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     move_ptr: tl.tensor,
     query_ptr: tl.tensor,
     direct_ptr: tl.tensor,
@@ -78,7 +78,7 @@ def walk_states(
         S = tl.load(state_ptr + pair.to(tl.int64) * (V * K) + square, inside, other=0.0)
     for n in range(tl.cdiv(tokens, C)):
         index = (chunk + n) * H + h
-        scale = scale_ptr + index * (3 * C) + t
+        scale = scale_ptr + index * (7 * C) + t
         M = tl.load(
             move_ptr + index * (K * K) + kc[:, None] * K + kc[None, :],
             k1[:, None] & k1[None, :],
@@ -95,9 +95,10 @@ def walk_states(
         v = factor(v_ptr + at_v, vv, HOW)
         Y = multiply(G, v, tl.zeros([C, BV], tl.float32), HOW)
         B = multiply(v, R, tl.zeros([BV, BK], tl.float32), HOW, XT=True)
-        D = tl.load(decay_ptr + index * K + kc, k1, other=0.0)
+        D = tl.load(ends_ptr + index * (2 * K) + kc, k1, other=0.0)
+        D *= tl.load(ends_ptr + index * (2 * K) + K + kc, k1, other=0.0)
         kept = states_ptr + index * (V * K) + square
-        if HOW == "pair":
+        if HOW != "ieee":
             power = row_powers(S)
             half = (S * (1.0 / power)[:, None]).to(tl.float16)
             if SAVE:
@@ -118,7 +119,7 @@ def walk_states(
 
 @triton.jit(do_not_specialize=["T", "H"])
 def walk_states_back(
-    decay_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
     move_ptr: tl.tensor,
     query_ptr: tl.tensor,
     direct_ptr: tl.tensor,
@@ -169,7 +170,8 @@ def walk_states_back(
             k1[:, None] & k1[None, :],
             other=0.0,
         )
-        D = tl.load(decay_ptr + index * K + kc, k1, other=0.0)
+        D = tl.load(ends_ptr + index * (2 * K) + kc, k1, other=0.0)
+        D *= tl.load(ends_ptr + index * (2 * K) + K + kc, k1, other=0.0)
         F = E * D[None, :]
         ck = index * (C * K) + (t[:, None] * K + kc[None, :])
         in_ck = (t < C)[:, None] & k1[None, :]
@@ -178,14 +180,14 @@ def walk_states_back(
         R = tl.load(write_ptr + ck, in_ck, other=0.0)
         dv = tl.zeros([C, BV], tl.float32)
         if HAS_DY:
-            scale = scale_ptr + index * (3 * C)
+            scale = scale_ptr + index * (7 * C)
             Q = load_scaled(query_ptr + ck, in_ck, scale + t, t < C)
             dy = factor(dy_ptr + at_v, vv, HOW)
             G = load_transposed(direct_ptr + index * (C * C), scale + C, C, HOW)
             dv = multiply(G, dy, dv, HOW)
             F = multiply(dy, Q, F, HOW, XT=True)
         kept = dstates_ptr + index * (V * K) + square
-        if HOW == "pair":
+        if HOW != "ieee":
             power = row_powers(E)
             half = (E * (1.0 / power)[:, None]).to(tl.float16)
             tl.store(dstates_scale + index * V + vc, power, v1)
