@@ -159,13 +159,14 @@ def test_steps_of_a_model_in_a_cuda_graph(head_size, width, dtype, chosen):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = model.step_(token, pools[1], slots)
+    steps = []
     for row in tokens:
         expected = exact.step_(row, pools[0], slots)
         with use_fused(False):
             plain = model.step_(row, pools[2], slots)
         token.copy_(row)
         graph.replay()
-        fused, other = (
-            float((x - expected)[used].norm() / expected[used].norm()) for x in (logits, plain)
-        )
-        assert fused < 1.2 * other + 1e-6
+        steps.append(torch.stack([expected, logits.double(), plain.double()])[:, used])
+    # All steps together: of one with few numbers, chance alone may make either the better one.
+    expected, fused, plain = torch.stack(steps, 1)
+    assert (fused - expected).norm() < 1.2 * (plain - expected).norm() + 1e-6 * expected.norm()
