@@ -142,6 +142,9 @@ static inline void copy_16(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }
 static inline void copies_done() {}
+static inline void end_batch() {}
+template <int PENDING>
+static inline void batches_done() {}
 
 static void enter() { body(); fibers[current].done = true; yield(); }
 // One block; the caller sets `body` and blockIdx. Shared memory starts as NaN, as if never written.

@@ -34,7 +34,7 @@ class Kernel:
         shared: bytes of dynamic shared memory a block; with w in 16 bits, with w in 32.
         constant: the source's own name for `shared`; that they agree is checked when it compiles.
         blocks: for a (sequence, head).
-        pipelined: the kernel's form for few sequences and heads, with more warps a block.
+        image: bytes of memory that a prepared step of 16 tokens takes (`relay`).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Kernel:
     shared: tuple[int, int]
     constant: str
     blocks: int = 1
-    pipelined: bool = False
+    image: int = 0
 
     @property
     def entry(self) -> str:
@@ -56,31 +56,32 @@ class Kernel:
 
     def program(self, macros: Macros) -> str:
         """What is compiled: the file, and a check that this table knows its shared memory."""
+        image = f" && IMAGE_BYTES == {self.image}" if self.image else ""
         return (
             f"#define HEAD {self.head}\n"
-            f"#define PIPELINED {int(self.pipelined)}\n"
             f'#include "{self.name}.cu"\n'
-            f"static_assert({self.constant} == {self.shared_bytes(macros)}, "
-            f'"plan.py has another size for the shared memory of {self.name}.cu");\n'
+            f"static_assert({self.constant} == {self.shared_bytes(macros)}{image}, "
+            f'"plan.py has other sizes for the memory of {self.name}.cu");\n'
         )
 
 
 KERNELS = (
-    Kernel("forward", 64, 128, (56384, 64576), "FORWARD_BYTES"),
-    Kernel("forward", 64, 256, (112768, 129152), "FORWARD_BYTES", pipelined=True),
-    Kernel("forward", 128, 128, (107584, 123968), "FORWARD_BYTES", blocks=2),
+    Kernel("forward", 64, 128, (56384, 56384), "FORWARD_BYTES"),
+    Kernel("forward", 128, 128, (107584, 107584), "FORWARD_BYTES", blocks=2),
     Kernel("backward", 64, 128, (114752, 122944), "SHARED_BYTES"),
-    Kernel("backward", 64, 384, (213136, 229520), "SHARED_BYTES", pipelined=True),
     Kernel("backward", 128, 256, (208960, 225344), "SHARED_BYTES"),
-    Kernel("chain", 64, 128, (33280, 33280), "CHAIN_BYTES"),
-    Kernel("chain", 128, 256, (132096, 132096), "CHAIN_BYTES"),
+    Kernel("relay", 64, 256, (114816, 114816), "RELAY_BYTES", image=12416),
+    Kernel("relay", 128, 256, (217216, 217216), "RELAY_BYTES", blocks=2, image=23168),
+    Kernel("relay_back", 64, 256, (96384, 96384), "RELAY_BYTES", image=7296),
+    Kernel("relay_back", 128, 256, (182400, 182400), "RELAY_BYTES", blocks=2, image=13952),
 )
-# Sequences and heads whose `forward` shares a multiprocessor, by the head's size.
-SHARING = {64: 4, 128: 1}
-# Segments cost two more walks forward and one more backward; below these bounds that is too much
-# (H100, forward and both, ms: 1x8192x32 takes 0.96 and 3.30 whole, 1.16 and 3.35 in 16 segments;
-# 1x65536x32 takes 5.99 and 23.1 whole, 3.43 and 7.91 in 17).
-SHORTEST_SEGMENT, FEWEST_SEGMENTS = 1024, 12
+STEPS = 4  # of a chunk: what a warp prepares
+# A relay is worth its launches from so many chunks on.
+FEWEST_CHUNKS = 8
+# Steps that every warp prepares in a launch.
+ROUNDS = 2
+# Blocks of a relay that share a multiprocessor, by the head's size.
+SHARING = {64: 2, 128: 1}
 
 
 def refuses(call: Call) -> str | None:
@@ -97,7 +98,7 @@ def refuses(call: Call) -> str | None:
 
 def least_shared(head: int) -> int:
     """Bytes of shared memory for a block that a card must have for heads of this size."""
-    return max(max(k.shared) for k in KERNELS if k.head == head and not k.pipelined)
+    return max(max(k.shared) for k in KERNELS if k.head == head and not k.image)
 
 
 def macros(call: Call, own: Mapping[str, bool]) -> Macros:
@@ -119,28 +120,26 @@ class Card:
     shared: int
 
 
-def kernel(name: str, call: Call, card: Card) -> Kernel:
-    """The kernel of that name for the call, in the form that fills the card.
-
-    The pipelined one, if there is one, where a multiprocessor has but one sequence and head to
-    walk. H100, forward and both: 96 sequences and heads take 10 % and 6 % less time with it, 256
-    take 8 % and 18 % more. It computes the same, but a compiler may round one source in two ways.
-    """
-    _, _, H, K, _ = call.sizes
-    forms = [kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, K)]
-    alone = not call.invariant and call.sequences * H <= card.multiprocessors
-    fits = alone and max(forms[-1].shared) <= card.shared
-    return forms[-1] if fits else forms[0]
+def kernel(name: str, call: Call) -> Kernel:
+    """The kernel of that name for the call."""
+    head = int(call.sizes[3])
+    return next(kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, head))
 
 
-def segment(call: Call, card: Card) -> int | None:
-    """Tokens of the segments that every sequence is cut into, or None: one walk a sequence."""
-    B, T, H, K, _ = call.sizes
-    if call.invariant or call.cu_seqlens is not None or card.multiprocessors < 2 * B * H:
+def slab(kernel: Kernel, call: Call, card: Card) -> int | None:
+    """Chunks of every sequence that a launch of the relay `kernel` prepares; None: no relay."""
+    B, T, H, *_ = call.sizes
+    chunks, pairs = -(-T // CHUNK), B * H
+    if call.invariant or call.cu_seqlens is not None or chunks < FEWEST_CHUNKS:
         return None
-    tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (SHARING[int(K)] * card.multiprocessors)))
-    tokens = -(-tokens // CHUNK) * CHUNK
-    return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
+    preparing = card.multiprocessors * SHARING[kernel.head] - pairs * kernel.blocks
+    warps = preparing * kernel.threads // 32
+    return min(chunks, slab_chunks(pairs, warps)) if warps >= STEPS * pairs else None
+
+
+def slab_chunks(pairs: int, warps: int) -> int:
+    """Of every sequence, where so many warps prepare while others walk."""
+    return ROUNDS * warps // (STEPS * pairs)
 
 
 def chunk_count(call: Call) -> int:

@@ -6,13 +6,15 @@
 //   by channels (a warp its 16): dr, da, dk, db, and from them dw.
 // E is the gradient of the state after a token, Z that of A_ak·V + α·Sᵀ. Everything on the side of V
 // is divided by one power of two for the chunk, everything on the side of the gradients by another.
-// The macro GRADIENTS 0 leaves out all but the gradient of the initial state. PIPELINED 1 is for few
-// sequences and heads: the first four warps go by rows, four more by channels, a step behind them, and
-// four prepare the next chunk in a buffer of its own.
+// The macro APART 1 takes every chunk of a call as a sequence of its own, whose E is known (relay_back.cu).
 #define BACKWARD 1
+#define BY_STEP 0
+#define RELAY 0
+#define PIPELINED 0
+#define GRADIENTS 1
 #define WITH_R 1
-#define WITH_K GRADIENTS
-#define WITH_MOVE GRADIENTS
+#define WITH_K 1
+#define WITH_MOVE 1
 #include "finish.cuh"
 #include "state.cuh"
 
@@ -366,11 +368,13 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
               char* __restrict__ dr, char* __restrict__ dw, char* __restrict__ dk,
               char* __restrict__ dv, char* __restrict__ da, char* __restrict__ db,
               float* __restrict__ dinitial, const i64* __restrict__ offsets, int T, int H) {
-    const int pair = blockIdx.x, s = pair / H, h = pair % H;
-    const i64 start = PACKED ? offsets[s] : (i64)s * T;
-    const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
+    const int pair = blockIdx.x, h = pair % H, each = APART ? (T + CHUNK - 1) / CHUNK : 1;
+    const int s = pair / H / each, begin = pair / H % each * CHUNK;
+    const i64 start = PACKED ? offsets[s] : (i64)s * T + begin;
+    const int tokens = PACKED ? (int)(offsets[s + 1] - start)
+                              : APART && T - begin > CHUNK ? CHUNK : T - begin;
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
-    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * chunks;
+    const i64 chunk = PACKED ? start / CHUNK + s : APART ? pair / H : (i64)s * chunks;
     const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
     const int group = warp_id() >> 2;
     const bool walks = !PIPELINED || group == 0, by_channels = !PIPELINED || group == 1;
@@ -384,7 +388,7 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
             char* shared = shared_memory + (i & PIPELINED) * BUFFER;
             const int left = tokens - i * CHUNK;
             const i64 at = (start + i * CHUNK) * stride + h * N;
-            load_rows(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
+            load_rows(shared + W_ROWS, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
             load_rows(shared + R, r + at * 2, stride * 2, left, 2);
             load_rows(shared + A, a + at * 2, stride * 2, left, 2);
             load_rows(shared + B, b + at * 2, stride * 2, left, 2);
@@ -493,5 +497,5 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         }
         sync_block();
     }
-    if (walks) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
+    if (walks && !APART) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
 }

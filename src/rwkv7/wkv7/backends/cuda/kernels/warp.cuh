@@ -74,6 +74,12 @@ DEVICE void copy_16(void* to, const void* from, bool valid) {
                  "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What was copied since the last call is a batch; waits until but the last PENDING batches are done.
+DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void batches_done() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // Two numbers rounded to fp16 (bf16), the first in the low half.
 DEVICE u32 pack_half(float low, float high) {
@@ -125,9 +131,9 @@ DEVICE void sync_group(int barrier, int threads) {
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
 
-// A group of warps does a chunk's work together, four forward, which have 64 rows of the state [V, K];
-// backward, where gradients are sums over V, as many as have all rows. A block may have several groups.
-constexpr int WARPS = BACKWARD ? HEAD / 16 : 4, GROUP = 32 * WARPS;
+// A group of warps does a chunk's work together: four, which have 64 rows of the state [V, K]; where
+// gradients are sums over V, as many as have all rows. A block may have several groups.
+constexpr int WARPS = BY_STEP ? 4 : HEAD / 16, GROUP = 32 * WARPS;
 DEVICE int member() { return warp_id() & (WARPS - 1); }
 DEVICE int group_thread() { return threadIdx.x & (GROUP - 1); }
 
