@@ -11,7 +11,7 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,16 +47,16 @@ class Emulator:
         kernel: plan.Kernel,
         macros: plan.Macros,
         device: torch.device,
-        blocks: int,
-        arguments: tuple[int, ...],
+        grids: Sequence[tuple[int, tuple[int, ...]]],
     ) -> None:
-        """What the driver does with a grid: every block, and every thread of it."""
+        """What the driver does with grids: every block, and every thread of it."""
         built = self.built(kernel, macros)
-        assert device.type == "cpu" and built.arguments() == len(arguments)
-        # The kernels read 16 bytes at a time, which the card wants on 16 bytes. Sizes are small.
-        assert not any(address % 16 for address in arguments if address > 2**31)
-        built.run((ctypes.c_uint64 * len(arguments))(*arguments), blocks)
-        self.launches.append(kernel.name)
+        for blocks, arguments in grids:
+            assert device.type == "cpu" and built.arguments() == len(arguments)
+            # The kernels read 16 bytes at a time, which the card wants on 16 bytes. Sizes are small.
+            assert not any(address % 16 for address in arguments if address > 2**31)
+            built.run((ctypes.c_uint64 * len(arguments))(*arguments), blocks)
+            self.launches.append(kernel.name)
 
     @functools.cache  # noqa: B019
     def built(self, kernel: plan.Kernel, macros: plan.Macros) -> ctypes.CDLL:

@@ -185,10 +185,10 @@ def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
 
 @pytest.fixture
 def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call of more than a chunk is a relay, in slabs of two chunks."""
+    """Every call of more than a chunk is a relay, in slabs of two chunks and one."""
     monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "FEWEST_CHUNKS", 2)
-    monkeypatch.setattr(plan, "slab_chunks", lambda pairs, warps: 2)
+    monkeypatch.setattr(plan, "slab_sizes", lambda chunks, *_: [2] * (chunks // 2) + [1] * (chunks % 2))
 
 
 @pytest.mark.parametrize(

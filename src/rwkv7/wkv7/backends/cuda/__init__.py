@@ -41,8 +41,8 @@ class CudaBackend:
 
     def route(self, call: Call) -> str:
         """A walk a sequence and head, which may be handed what other blocks prepare."""
-        slab = _slab("relay", call)
-        how = f", {slab} of them prepared at once" if slab else ""
+        launches = len(_slabs(call)) + 1
+        how = f", prepared by other blocks in {launches} launches" if launches > 1 else ""
         return f"cuda, one walk a sequence and head, in chunks of {plan.CHUNK} tokens{how}"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
@@ -56,8 +56,8 @@ class CudaBackend:
             return torch.empty_like(call.v), call.initial_state().clone(), saved
         y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
         final, kept = _states(call, call.sequences), saved if save else None
-        if slab := _slab("relay", call):
-            relay(call, final, y, kept, slab)
+        if slabs := _slabs(call):
+            relay(call, final, y, kept, slabs)
         else:
             walk(call, final, y, kept)
         return y, final, saved
@@ -74,9 +74,9 @@ class CudaBackend:
         contiguous = torch.contiguous_format
         gradients = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs)
         dinitial = _states(call, call.sequences)
-        if slab := _slab("relay_back", call):
+        if slabs := _slabs(call):
             after = _states(call, plan.chunk_count(call))
-            relay_back(call, dy, dstate, dinitial, after, slab)
+            relay_back(call, dy, dstate, dinitial, after, slabs)
             walk_back(call, dy, after, None, saved, gradients)
         else:
             walk_back(call, dy, dstate, dinitial, saved, gradients)
@@ -99,8 +99,8 @@ def _card_refuses(index: int, head: int) -> str | None:
     return compiler.why_not(compiler.architecture(capability))
 
 
-def _slab(kernel: str, call: Call) -> int | None:
-    return plan.slab(plan.kernel(kernel, call), call, launch.card(call.r.device))
+def _slabs(call: Call) -> list[int]:
+    return plan.slabs(call, launch.card(call.r.device))
 
 
 def _states(call: Call, count: int) -> Tensor:

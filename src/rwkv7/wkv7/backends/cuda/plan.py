@@ -76,12 +76,12 @@ KERNELS = (
     Kernel("relay_back", 128, 256, (182400, 182400), "RELAY_BYTES", blocks=2, image=13952),
 )
 STEPS = 4  # of a chunk: what a warp prepares
-# A relay is worth its launches from so many chunks on.
-FEWEST_CHUNKS = 8
-# Steps that every warp prepares in a launch.
-ROUNDS = 2
-# Blocks of a relay that share a multiprocessor, by the head's size.
-SHARING = {64: 2, 128: 1}
+# A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
+# multiprocessor.
+FEWEST_CHUNKS, MOST_PAIRS = 8, 0.75
+# It takes so many slabs, if none has more than so many chunks (50 kB each) of all sequences and heads.
+# Walking a chunk takes this much of the time in which a multiprocessor prepares one.
+SLABS, MOST_UNITS, WALKING = 4, 1408, 0.45
 
 
 def refuses(call: Call) -> str | None:
@@ -126,20 +126,29 @@ def kernel(name: str, call: Call) -> Kernel:
     return next(kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, head))
 
 
-def slab(kernel: Kernel, call: Call, card: Card) -> int | None:
-    """Chunks of every sequence that a launch of the relay `kernel` prepares; None: no relay."""
+def slabs(call: Call, card: Card) -> list[int]:
+    """Chunks of every sequence that each launch of a relay prepares, in order; none: no relay."""
     B, T, H, *_ = call.sizes
     chunks, pairs = -(-T // CHUNK), B * H
     if call.invariant or call.cu_seqlens is not None or chunks < FEWEST_CHUNKS:
-        return None
-    preparing = card.multiprocessors * SHARING[kernel.head] - pairs * kernel.blocks
-    warps = preparing * kernel.threads // 32
-    return min(chunks, slab_chunks(pairs, warps)) if warps >= STEPS * pairs else None
+        return []
+    few = pairs <= MOST_PAIRS * card.multiprocessors
+    return slab_sizes(chunks, pairs, card.multiprocessors) if few else []
 
 
-def slab_chunks(pairs: int, warps: int) -> int:
-    """Of every sequence, where so many warps prepare while others walk."""
-    return ROUNDS * warps // (STEPS * pairs)
+def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> list[int]:
+    """With few sequences and heads the walk takes longest, and slabs grow, so that it begins early:
+
+    each is prepared in the time in which the one before it is walked.
+    """
+    ratio = min(2.0, max(1.0, WALKING * multiprocessors / pairs))
+    size, most = chunks / sum(ratio**i for i in range(SLABS)), max(1, MOST_UNITS // pairs)
+    found: list[int] = []
+    while (left := chunks - sum(found)) > 0:
+        n = min(left, most, max(2, round(size)))
+        found.append(n if left - n > 1 else min(left, most))
+        size *= ratio
+    return found
 
 
 def chunk_count(call: Call) -> int:

@@ -5,6 +5,7 @@ They fill what they are given; what is run for a call, and in which order, is in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,7 @@ def walk(call: Call, final: Tensor, y: Tensor, saved: Tensor | None) -> None:
     )
     kernel, (_, T, H, *_) = plan.kernel("forward", call), call.sizes
     blocks = kernel.blocks * call.sequences * H
-    _launch(kernel, call, {"SAVE": saved is not None}, blocks, (*arguments, T, H))
+    _launch(kernel, call, {"SAVE": saved is not None}, [(blocks, (*arguments, T, H))])
 
 
 def walk_back(
@@ -62,11 +63,11 @@ def walk_back(
     kernel, (_, T, H, *_) = plan.kernel("backward", call), call.sizes
     apart = dinitial is None
     blocks = H * (plan.chunk_count(call) if apart else call.sequences)
-    _launch(kernel, call, {"APART": apart}, blocks, (*arguments, T, H))
+    _launch(kernel, call, {"APART": apart}, [(blocks, (*arguments, T, H))])
 
 
-def relay(call: Call, final: Tensor, y: Tensor, saved: Tensor | None, slab: int) -> None:
-    """As `walk`, by all multiprocessors: each launch prepares `slab` chunks of every sequence."""
+def relay(call: Call, final: Tensor, y: Tensor, saved: Tensor | None, slabs: list[int]) -> None:
+    """As `walk`, by all multiprocessors: `slabs` are the chunks that each launch prepares."""
     *inputs, state = ready(*_inputs(call), call.state)
     tensors, states = _addresses(*inputs), _saved_addresses(saved, call)
     (y_at,) = _addresses(y)
@@ -75,7 +76,7 @@ def relay(call: Call, final: Tensor, y: Tensor, saved: Tensor | None, slab: int)
         return (*tensors, given, y_at, final.data_ptr(), *states, *images)
 
     kernel, own = plan.kernel("relay", call), {"SAVE": saved is not None}
-    _relay(kernel, call, own, slab, (state, final), arguments, back=False)
+    _relay(kernel, call, own, slabs, (state, final), arguments, back=False)
 
 
 def relay_back(
@@ -84,7 +85,7 @@ def relay_back(
     dfinal: Tensor | None,
     dinitial: Tensor,
     after: Tensor,
-    slab: int,
+    slabs: list[int],
 ) -> None:
     """The gradients of the initial state and, into `after`, of the state after every chunk.
 
@@ -98,14 +99,14 @@ def relay_back(
         return (*tensors, given, dinitial.data_ptr(), after_at, *images)
 
     kernel = plan.kernel("relay_back", call)
-    _relay(kernel, call, {}, slab, (dfinal, dinitial), arguments, back=True)
+    _relay(kernel, call, {}, slabs, (dfinal, dinitial), arguments, back=True)
 
 
 def _relay(
     kernel: plan.Kernel,
     call: Call,
     own: dict[str, bool],
-    slab: int,
+    slabs: list[int],
     states: tuple[Tensor | None, Tensor],
     arguments: Callable[[int, Arguments], Arguments],
     *,
@@ -119,21 +120,22 @@ def _relay(
         back: from the last slab to the first.
     """
     B, T, H, *_ = call.sizes
-    pairs, chunks = B * H, plan.chunk_count(call) // B
-    slabs = [(n, min(n + slab, chunks)) for n in range(0, chunks, slab)]
+    pairs, ends = B * H, list(itertools.accumulate(slabs))
+    spans = list(zip([0, *ends], ends, strict=False))
     if back:
-        slabs.reverse()
-    words = pairs * slab * plan.STEPS * kernel.image // 4
+        last = ends[-1]
+        spans = [(last - end, last - start) for start, end in spans]
+    words = pairs * max(slabs) * plan.STEPS * kernel.image // 4
     images = call.v.new_empty((2, words), dtype=torch.float32)
-    given, left_off = _addresses(*states)
-    none = (0, 0)
-    for n, (walked, prepared) in enumerate(zip([none, *slabs], [*slabs, none], strict=True)):
+    (given, left_off), (even, odd) = _addresses(*states), _addresses(*images)
+    grids, none = [], (0, 0)
+    for n, (walked, prepared) in enumerate(zip([none, *spans], [*spans, none], strict=True)):
         steps = pairs * plan.STEPS * (prepared[1] - prepared[0])
         blocks = -(-steps // (kernel.threads // 32)) + (pairs * kernel.blocks if n else 0)
-        at = images[(n + 1) % 2].data_ptr(), images[n % 2].data_ptr()
+        memory = (odd, even) if n % 2 == 0 else (even, odd)
         numbers = (*walked, *prepared, T, H, pairs)
-        _launch(kernel, call, own, blocks, (*arguments(given, at), *numbers))
-        given = left_off if n else given
+        grids.append((blocks, (*arguments(left_off if n > 1 else given, memory), *numbers)))
+    _launch(kernel, call, own, grids)
 
 
 def ready(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,9 +144,12 @@ def ready(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _launch(
-    kernel: plan.Kernel, call: Call, own: dict[str, bool], blocks: int, arguments: Arguments
+    kernel: plan.Kernel,
+    call: Call,
+    own: dict[str, bool],
+    grids: list[tuple[int, Arguments]],
 ) -> None:
-    launch.launch(kernel, plan.macros(call, own), call.r.device, blocks, arguments)
+    launch.launch(kernel, plan.macros(call, own), call.r.device, grids)
 
 
 def _inputs(call: Call) -> tuple[Tensor, ...]:

@@ -46,7 +46,11 @@ wkv7_forward(const char* __restrict__ r, const char* __restrict__ w, const char*
 #pragma unroll
         for (int i = 0; i < STEPS; ++i)
             read_values(value[i], v + 2 * (at + STEP * i * stride), 2 * stride, left - STEP * i);
-        walk_chunk(shared_memory, state, scale, value, y + 2 * at, 2 * stride, left);
+        const auto values = [&](int i, u32 v[4]) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) v[j] = value[i][j];
+        };
+        walk_chunk(shared_memory, state, scale, values, y + 2 * at, 2 * stride, left, [](int) {});
         sync_block();  // before tiles are filled again
     }
     write_rows(state, final + (i64)pair * N * N, scale);

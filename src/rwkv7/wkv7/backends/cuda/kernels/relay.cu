@@ -53,14 +53,13 @@ wkv7_relay(const char* __restrict__ r, const char* __restrict__ w, const char* _
             const i64 index = ((i64)s * ((T + CHUNK - 1) / CHUNK) + walked_from + n) * H + h;
             save_rows(state, states + index * N * N, states_scale + index * N, scale);
         }
-        sync_block();
+        wait_for_chunk();
         char* chunk = place_of(n * STEPS);
-        u32 value[STEPS][4];
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i)
-            left_transposed(value[i], chunk + i * STEP_BYTES + WALKED_ROWS, 0, first_row() / 16);
-        walk_chunk(chunk, state, scale, value, y + 2 * (at + n * CHUNK * stride), 2 * stride,
-                   T - first - n * CHUNK);
+        const auto values = [=](int i, u32 value[4]) {
+            left_transposed(value, chunk + i * STEP_BYTES + WALKED_ROWS, 0, first_row() / 16);
+        };
+        walk_chunk(chunk, state, scale, values, y + 2 * (at + n * CHUNK * stride), 2 * stride,
+                   T - first - n * CHUNK, [=](int i) { step_is_read(n * STEPS + i); });
     }
     write_rows(state, left_off + (i64)pair * N * N, scale);
 }

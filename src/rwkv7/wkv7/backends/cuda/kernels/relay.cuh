@@ -45,18 +45,30 @@ DEVICE void fetch_step(char* place, const char* image, const char* rows, i64 str
 }
 DEVICE char* place_of(int step) { return shared_memory + step % RING * STEP_BYTES; }
 
-// Feeds those who walk `steps` steps, with `fetch(n)` for step n: all of a chunk is there when its first
-// step is walked, and a step's place is filled anew once the next one is walked.
+
+// Who walks waits for nothing but the beginning of a chunk, until all of it is THERE, which is said when the
+// last step before it is begun; a step's place is filled anew once it is READ. So a walk is never as much
+// as RING steps ahead of those who wait for that: a barrier for each place is enough.
+enum { THERE = 1, READ };
+DEVICE void wait_for_chunk() { sync_group(THERE, 2 * GROUP); }
+DEVICE void step_is_read(int step) { arrive_group(READ + step % RING, 2 * GROUP); }
+
+// Feeds those who walk `steps` steps, with `fetch(n)` for step n.
 template <class Fetch>
 DEVICE void feed(int steps, Fetch fetch) {
-    for (int n = 0; n < RING - 1; ++n) {
+    for (int n = 0; n < RING; ++n) {
         if (n < steps) fetch(n);
         end_batch();
     }
+    batches_done<RING - STEPS>();
+    arrive_group(THERE, 2 * GROUP);
     for (int n = 0; n < steps; ++n) {
-        if (n % STEPS == 0) batches_done<RING - 1 - STEPS>();
-        sync_block();
-        if (n + RING - 1 < steps) fetch(n + RING - 1);
+        sync_group(READ + n % RING, 2 * GROUP);
+        if (n + RING < steps) fetch(n + RING);
         end_batch();
+        if (n % STEPS == STEPS - 2 && n + 2 < steps) {
+            batches_done<RING - STEPS - 1>();
+            arrive_group(THERE, 2 * GROUP);
+        }
     }
 }

@@ -88,7 +88,7 @@ wkv7_relay_back(const char* __restrict__ r, const char* __restrict__ w, const ch
     for (int i = 0; i < count; ++i) {
         const i64 index = ((i64)s * ((T + CHUNK - 1) / CHUNK) + walked_to - 1 - i) * H + h;
         write_rows(E, after + index * N * N, scale);
-        sync_block();
+        wait_for_chunk();
         char* chunk = place_of(i * STEPS);  // its last step first
         u32 value[STEPS][4];
         float most = largest(E) * scale;
@@ -104,13 +104,13 @@ wkv7_relay_back(const char* __restrict__ r, const char* __restrict__ w, const ch
 #pragma unroll
         for (int n = 0; n < STEPS; ++n) {
             char* step = chunk + n * STEP_BYTES;
-            if (n > 0) sync_block();
             const float f = step_scales(step, 0)[0] * inverse_power(scale);
             u32 half[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 half[j] = pack_half(low_input(value[n][j]) * f, high_input(value[n][j]) * f);
             step_back(step, E, half);
+            step_is_read(i * STEPS + n);
         }
     }
     write_rows(E, left_off + (i64)pair * N * N, scale);

@@ -64,10 +64,11 @@ DEVICE void write_values(char* step, const u32 y[4], i64 stride, int left) {
     }
 }
 
-// Sixteen tokens: yᵀ, times `scale`; the state moves on.
+// Sixteen tokens: yᵀ, times `scale`; the state moves on. What v adds to the state comes before what
+// waits for U.
 DEVICE void walk_step(const char* step, Rows& state, const u32 v[4], u32 out[4], float scale) {
     const char* squares = step + W;
-    u32 b[4], c[4], high[4], low[4];
+    u32 b[4], b_low[N / 16][4], high[4];
     float u[2][4] = {}, y[2][4] = {};
     columns_square(b, squares);
     mma_pair(u, v, b);
@@ -82,34 +83,41 @@ DEVICE void walk_step(const char* step, Rows& state, const u32 v[4], u32 out[4],
         columns_operand(b, step + R, 0, block);
         mma_pair(y, s, b);
     }
+#pragma unroll
+    for (int block = 0; block < N / 16; ++block) {
+        u32 low[4];
+        rows_operand(b, step + K, 0, block);
+        mma_pair(&state.s[2 * block], v, b);
+        rows_operand(low, step + LOWS, 0, block);
+        take_lows(b, b_low[block], low);
+        mma_pair(&state.s[2 * block], v, b);
+    }
     as_left(high, u);
-    columns_square(b, squares + 2 * SQUARE);
-    mma_pair(y, high, b);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         rows_operand(b, step + B, 0, block);
         mma_pair(&state.s[2 * block], high, b);
-        rows_operand(low, step + LOWS, 0, block);
-        take_lows(b, c, low);
-        mma_pair(&state.s[2 * block], high, c);
-        mma_pair(&state.s[2 * block], v, b);
-        rows_operand(b, step + K, 0, block);
-        mma_pair(&state.s[2 * block], v, b);
+        mma_pair(&state.s[2 * block], high, b_low[block]);
     }
+    columns_square(b, squares + 2 * SQUARE);
+    mma_pair(y, high, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         out[i] = pack_input(y[i >> 1][(i & 1) * 2] * scale, y[i >> 1][(i & 1) * 2 + 1] * scale);
 }
 
-// A chunk: the state is given and left divided by `scale`, a power of two of the warp's own. `value`: the
-// warp's channels of v; y: the chunk's first token. Between steps a RELAY waits for the block, and has
-// read of a step all that it needs.
-DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const u32 value[STEPS][4], char* y,
-                       i64 stride, int left) {
+// A chunk: the state is given and left divided by `scale`, a power of two of the warp's own. y: the chunk's
+// first token. `values(n, v)` gives the warp's channels of step n's v; `done(n)` is called when it is read.
+template <class Values, class Done>
+DEVICE void walk_chunk(char* shared, Rows& state, float& scale, Values values, char* y, i64 stride,
+                       int left, Done done) {
     float most = largest(state) * scale;
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n)
-        most = fmaxf(most, largest_input(value[n]) * step_scales(shared + n * STEP_BYTES, 0)[1]);
+    for (int n = 0; n < STEPS; ++n) {
+        u32 value[4];
+        values(n, value);
+        most = fmaxf(most, largest_input(value) * step_scales(shared + n * STEP_BYTES, 0)[1]);
+    }
     const float next = power_of_two(warp_max(most));
     times(state, scale * inverse_power(next));
     scale = next;
@@ -117,20 +125,21 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, const u32 value[
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
         char* step = shared + n * STEP_BYTES;
-        if (RELAY && n > 0) sync_block();
         const float* scales = step_scales(step, 0);
         const float f = scales[1] * inverse_power(scale);
-        u32 half[4] = {}, out[4];
+        u32 half[4], out[4];
+        values(n, half);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            half[i] = pack_half(low_input(value[n][i]) * f, high_input(value[n][i]) * f);
+            half[i] = pack_half(low_input(half[i]) * f, high_input(half[i]) * f);
         if (n == 0)
             times_channels(state, step_to_middle(step, 0));
         else
             times_channels(state, decay, step_to_middle(step, 0));
         walk_step(step, state, half, out, scales[0] * scale);
-        write_values(y + STEP * n * stride, out, stride, left - STEP * n);
         read_channels(decay, step_to_end(step, 0));
+        done(n);
+        write_values(y + STEP * n * stride, out, stride, left - STEP * n);
     }
-    times_channels(state, step_to_end(shared + (STEPS - 1) * STEP_BYTES, 0));
+    times_channels(state, decay);
 }

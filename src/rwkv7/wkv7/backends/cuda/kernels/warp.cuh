@@ -118,6 +118,10 @@ DEVICE u32 max_pair_bf16(u32 x, u32 y) {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
     return r;
 }
+// The largest over the warp of numbers that are not negative: their bits have the same order.
+DEVICE float warp_max(float x) {
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+}
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -127,6 +131,10 @@ DEVICE void sync_block() { __syncthreads(); }
 // `threads` threads of the block, in whole warps; barriers 1 to 15 are for groups.
 DEVICE void sync_group(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Counts as there, but does not wait.
+DEVICE void arrive_group(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
@@ -142,12 +150,7 @@ DEVICE float high_half(u32 x) { return half_value((u16)(x >> 16)); }
 DEVICE float low_bf16(u32 x) { return from_bits(x << 16); }
 DEVICE float high_bf16(u32 x) { return from_bits(x & 0xffff0000u); }
 
-// The largest of x over the warp, or over the four lanes that share a row of a fragment.
-DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int mask = 16; mask; mask >>= 1) x = fmaxf(x, shuffle_xor(x, mask));
-    return x;
-}
+// The largest of x over the four lanes that share a row of a fragment.
 DEVICE float row_max(float x) {
     x = fmaxf(x, shuffle_xor(x, 1));
     return fmaxf(x, shuffle_xor(x, 2));
