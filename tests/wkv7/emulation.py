@@ -53,8 +53,8 @@ class Emulator:
         built = self.built(kernel, macros)
         for blocks, arguments in grids:
             assert device.type == "cpu" and built.arguments() == len(arguments)
-            # The kernels read 16 bytes at a time, which the card wants on 16 bytes. Sizes are small.
-            assert not any(address % 16 for address in arguments if address > 2**31)
+            # The kernels read 16 bytes at a time, on 16 bytes. Sizes are small numbers.
+            assert not any(x % 16 for x in arguments if x > 2**31)
             built.run((ctypes.c_uint64 * len(arguments))(*arguments), blocks)
             self.launches.append(kernel.name)
 

@@ -188,7 +188,9 @@ def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call of more than a chunk is a relay, in slabs of two chunks and one."""
     monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "FEWEST_CHUNKS", 2)
-    monkeypatch.setattr(plan, "slab_sizes", lambda chunks, *_: [2] * (chunks // 2) + [1] * (chunks % 2))
+    monkeypatch.setattr(
+        plan, "slab_sizes", lambda chunks, *_: [2] * (chunks // 2) + [1] * (chunks % 2)
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def launch(
         rest = (1, 1, kernel.threads, 1, 1, kernel.shared_bytes(macros), stream)
         how = (*rest, ctypes.addressof(pointers), 0)
         for blocks, arguments in grids:
-            slots[:] = arguments
+            slots[:] = list(arguments)
             (status,) = driver.cuLaunchKernel(function, blocks, *how)
             if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 # A thread of its own that has done nothing on the card so far.
