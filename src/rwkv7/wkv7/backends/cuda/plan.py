@@ -77,10 +77,10 @@ KERNELS = (
 )
 STEPS = 4  # of a chunk: what a warp prepares
 # A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
-# multiprocessor (H100, ms forward as a CUDA graph, by relay and by one walk each with a second group
-# of warps: 64 sequences and heads of 4096 tokens 0.31 and 0.36, 128 of them 0.55 and 0.39).
+# multiprocessor (H100, ms forward as a CUDA graph, by relay and by one walk each with more warps:
+# 64 sequences and heads of 4096 tokens 0.31 and 0.36, 128 of them 0.55 and 0.39).
 FEWEST_CHUNKS, MOST_PAIRS = 8, 0.75
-# It takes so many slabs, if none has more than so many chunks (50 kB each) of all sequences and heads.
+# It takes so many slabs, if none has more chunks (50 kB each) of all sequences and heads than this.
 # Walking a chunk takes this much of the time in which a multiprocessor prepares one.
 SLABS, MOST_UNITS, WALKING = 4, 1408, 0.45
 
