@@ -77,9 +77,9 @@ KERNELS = (
 )
 STEPS = 4  # of a chunk: what a warp prepares
 # A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
-# multiprocessor (H100, ms forward as a CUDA graph, by relay and by one walk each with more warps:
-# 64 sequences and heads of 4096 tokens 0.31 and 0.36, 128 of them 0.55 and 0.39).
-FEWEST_CHUNKS, MOST_PAIRS = 8, 0.75
+# multiprocessor (H100, ms forward and both at 128 sequences and heads of 4096 tokens: 0.45 and 1.65
+# by relay, 0.51 and 1.80 with one walk each).
+FEWEST_CHUNKS, MOST_PAIRS = 8, 1.0
 # It takes so many slabs, if none has more chunks (50 kB each) of all sequences and heads than this.
 # Walking a chunk takes this much of the time in which a multiprocessor prepares one.
 SLABS, MOST_UNITS, WALKING = 4, 1408, 0.45
