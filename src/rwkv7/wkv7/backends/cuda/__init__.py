@@ -1,9 +1,9 @@
 """The hand-made GPU backend: CUDA kernels on tensor cores, K = V = 64 or 128, bf16 and fp16.
 
 Blocks walk the chunks of a (sequence, head) with the state in registers; backward walks them in
-reverse from the saved states. Few long sequences are cut into segments. `plan` decides, `compiler`
-makes and keeps compiled kernels, `walks` starts them. Importing this module loads neither a
-compiler nor the driver.
+reverse from the saved states. Where sequences and heads are few, other blocks prepare for those
+who walk. `plan` decides, `compiler` makes and keeps compiled kernels, `walks` starts them.
+Importing this module loads neither a compiler nor the driver.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 from rwkv7.wkv7.contract import Call
 
 from . import compiler, launch, plan
-from .segments import Segments
-from .walks import chain, walk, walk_back
+from .walks import relay, relay_back, walk, walk_back
 
 # The first cards with cp.async, bf16 products and enough shared memory.
 _FIRST_CAPABILITY = (8, 0)
@@ -41,19 +40,14 @@ class CudaBackend:
         return plan.refuses(call) or _card_refuses(device.index or 0, int(call.sizes[3]))
 
     def route(self, call: Call) -> str:
-        """One walk a sequence and head, or many at once."""
-        tokens = _segment(call)
-        how = f"segments of {tokens} tokens at once" if tokens else "one walk a sequence and head"
-        return f"cuda, {how}, in chunks of {plan.CHUNK} tokens"
+        """A walk a sequence and head, which may be handed what other blocks prepare."""
+        launches = len(_slabs(call)) + 1
+        how = f", prepared by other blocks in {launches} launches" if launches > 1 else ""
+        return f"cuda, one walk a sequence and head, in chunks of {plan.CHUNK} tokens{how}"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
-        """One flat tensor: the segments' maps, if any; the states before the chunks in fp16."""
-        if _is_empty(call):
-            return (0,)
-        if tokens := _segment(call):
-            cut = Segments.of(call, tokens)
-            return (cut.map_words + plan.saved_words(cut.call),)
-        return (plan.saved_words(call),)
+        """One flat tensor: the states before the chunks in fp16."""
+        return (0,) if _is_empty(call) else (plan.saved_words(call),)
 
     def forward(self, call: Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """y [B, T, H, V], the final state [S, H, V, K] in fp32, and what `backward` needs."""
@@ -61,20 +55,12 @@ class CudaBackend:
         if _is_empty(call):
             return torch.empty_like(call.v), call.initial_state().clone(), saved
         y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-        tokens = _segment(call)
-        if tokens is None:
-            final = _states(call)
-            walk(call, final, initial=call.state, y=y, saved=saved if save else None)
-            return y, final, saved
-        cut = Segments.of(call, tokens)
-        added, before, after = (_states(cut.call) for _ in range(3))
-        maps = cut.maps(saved) if save else torch.empty_like(added)
-        walk(cut.call, maps, values=False)
-        walk(cut.call, added)
-        chain(call, maps, added, call.state, before, back=False)
-        states = saved[cut.map_words :] if save else None
-        walk(cut.call, after, initial=before, y=y, saved=states)
-        return y, after[cut.each - 1 :: cut.each].contiguous(), saved
+        final, kept = _states(call, call.sequences), saved if save else None
+        if slabs := _slabs(call):
+            relay(call, final, y, kept, slabs)
+        else:
+            walk(call, final, y, kept)
+        return y, final, saved
 
     def backward(
         self, call: Call, saved: Tensor, dy: Tensor | None, dstate: Tensor | None
@@ -87,18 +73,14 @@ class CudaBackend:
             return (*(torch.zeros_like(x) for x in inputs), last)
         contiguous = torch.contiguous_format
         gradients = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs)
-        tokens = _segment(call)
-        if tokens is None:
-            dinitial = _states(call)
-            walk_back(call, dy, dstate, dinitial, saved=saved, gradients=gradients)
-            return (*gradients, dinitial)
-        cut = Segments.of(call, tokens)
-        added, after, before = (_states(cut.call) for _ in range(3))
-        walk_back(cut.call, dy, None, added)
-        chain(call, cut.maps(saved), added, dstate, after, back=True)
-        states = saved[cut.map_words :]
-        walk_back(cut.call, dy, after, before, saved=states, gradients=gradients)
-        return (*gradients, before[:: cut.each].contiguous())
+        dinitial = _states(call, call.sequences)
+        if slabs := _slabs(call):
+            after = _states(call, plan.chunk_count(call))
+            relay_back(call, dy, dstate, dinitial, after, slabs)
+            walk_back(call, dy, after, None, saved, gradients)
+        else:
+            walk_back(call, dy, dstate, dinitial, saved, gradients)
+        return (*gradients, dinitial)
 
     def kernels(self) -> dict[str, str]:
         """The compiler, where it keeps kernels, and which ones there are for which card."""
@@ -117,14 +99,14 @@ def _card_refuses(index: int, head: int) -> str | None:
     return compiler.why_not(compiler.architecture(capability))
 
 
-def _segment(call: Call) -> int | None:
-    return plan.segment(call, launch.card(call.r.device))
+def _slabs(call: Call) -> list[int]:
+    return plan.slabs(call, launch.card(call.r.device))
 
 
-def _states(call: Call) -> Tensor:
-    """Room for a state a sequence, fp32 [S, H, V, K]."""
+def _states(call: Call, count: int) -> Tensor:
+    """Room for that many states of all heads, fp32 [count, H, V, K]."""
     _, _, H, K, V = call.sizes
-    return call.v.new_empty((call.sequences, H, V, K), dtype=torch.float32)
+    return call.v.new_empty((count, H, V, K), dtype=torch.float32)
 
 
 def _is_empty(call: Call) -> bool:
