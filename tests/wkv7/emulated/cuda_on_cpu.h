@@ -39,6 +39,8 @@ static inline int warp_id() { return current / LANES; }
 static inline void sync_warp() { wait(warp_barrier[warp_id()], LANES); }
 static inline void sync_block() { wait(block_barrier, block_threads); }
 static inline void sync_group(int barrier, int threads) { wait(group_barrier[barrier], threads); }
+template <int BARRIER>
+static inline void sync_numbered(int threads) { sync_group(BARRIER, threads); }
 static inline void arrive_group(int barrier, int threads) {
     Barrier& b = group_barrier[barrier];
     if (++b.waiting == threads) { b.waiting = 0; b.turn++; }

@@ -93,7 +93,14 @@ DEVICE u32* channels_at(char* tile, int row, int part) {
 DEVICE int prepared_step() { return BY_STEP ? 0 : WARPS_PER_STEP == 1 ? member() : member() % STEPS; }
 DEVICE int prepared_part() { return WARPS_PER_STEP == 1 ? 0 : member() / STEPS; }
 DEVICE void sync_step() {
-    WARPS_PER_STEP == 1 ? sync_warp() : sync_group(1 + prepared_step(), 32 * WARPS_PER_STEP);
+    const int threads = 32 * WARPS_PER_STEP;
+    if (WARPS_PER_STEP == 1) return sync_warp();
+    switch (prepared_step()) {
+        case 0: return sync_numbered<1>(threads);
+        case 1: return sync_numbered<2>(threads);
+        case 2: return sync_numbered<3>(threads);
+        default: return sync_numbered<4>(threads);
+    }
 }
 
 // Starts copying the rows of a warp's step of [tokens, H, N] numbers of `width` bytes; those past the

@@ -132,6 +132,11 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_group(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// With the barrier's number in the instruction, as racecheck wants it.
+template <int BARRIER>
+DEVICE void sync_numbered(int threads) {
+    asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
+}
 // Counts as there, but does not wait.
 DEVICE void arrive_group(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
