@@ -77,7 +77,7 @@ KERNELS = (
 )
 STEPS = 4  # of a chunk: what a warp prepares
 # A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
-# multiprocessor (H100, ms forward and both at 128 sequences and heads of 4096 tokens: 0.45 and 1.65
+# multiprocessor (H200, ms forward and both at 128 sequences and heads of 4096 tokens: 0.45 and 1.65
 # by relay, 0.51 and 1.80 with one walk each).
 FEWEST_CHUNKS, MOST_PAIRS = 8, 1.0
 # It takes so many slabs, if none has more chunks (50 kB each) of all sequences and heads than this.
