@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from serving.bounds import bounds
 from serving.mixed import mixed
-from serving.models import TINY, Figures, random_model
+from serving.models import TINY, Figures, Parts, random_model
 from serving.peer import peer
 from serving.soak import soak
 
@@ -53,20 +53,25 @@ def main(arguments: Sequence[str] | None = None) -> Figures:
     size = given.model or {"soak": "tiny", "peer": "0.1b"}.get(given.part, "1.5b")
     config = TINY if size == "tiny" else ModelConfig.preset(size)
     device = torch.device("cpu") if given.part == "peer" else device_called(given.device)
+    parts: Parts
     record = Record(given.out, f"engine_{given.part}", device, about=ABOUT[given.part])
     if given.part == "peer":
-        figures = peer(config, 1024 if size != "tiny" else 64)
+        parts = iter(peer(config, 1024 if size != "tiny" else 64).items())
     elif given.part == "bounds":
         batches, length = ((1, 320), 4096) if size != "tiny" else ((1, 4), 64)
-        figures = bounds(config, batches, length, device, given.compile)
+        parts = bounds(config, batches, length, device, given.compile)
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = random_model(config, dtype, device, given.compile)
-        run, count = (soak, 10_000) if given.part == "soak" else (mixed, 1000)
-        figures = run(model, given.slots, given.requests or count)
+        if given.part == "soak":
+            parts = iter(soak(model, given.slots, given.requests or 10_000).items())
+        else:
+            parts = mixed(model, given.slots, given.requests or 1000)
     compiled = ", compiled" if given.compile else ""
-    for name, found in figures.items():
+    figures: Figures = {}
+    for name, found in parts:
         record.keep({"part": f"{size}{compiled}: {name}", **found})
+        figures[name] = found
     return figures
 
 

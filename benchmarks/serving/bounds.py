@@ -12,7 +12,7 @@ from rwkv7 import RWKV7, ModelConfig, ModelState
 from rwkv7.benchmark.clock import kernels, seconds
 from rwkv7.sampling import Sampler, sample_batch
 
-from .models import GREEDY, Figures, random_model, step_seconds
+from .models import GREEDY, Figures, Parts, random_model, step_seconds
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": GREEDY},
@@ -32,41 +32,31 @@ def bounds(
     length: int,
     device: torch.device,
     compiled: bool = False,
-) -> Figures:
+) -> Parts:
     """Decoding beside the time to read weights and states; prefill beside a bare product's rate."""
     bandwidth, rate = _bandwidth(device), _product_rate(device)
     model = random_model(config, torch.bfloat16, device, compiled)
     # Of the embedding a step reads a row a sequence.
     matrices = sum(x.numel() for name, x in model.named_parameters() if not name.startswith("emb"))
-    figures: Figures = {
-        "measured": {
-            "bytes_per_s": bandwidth,
-            "flops_per_s": rate,
-            "weights_bytes": 2 * matrices,
-        }
-    }
+    weights = {"weights_bytes": 2 * matrices}
+    yield "measured", {"bytes_per_s": bandwidth, "flops_per_s": rate, **weights}
     steps = {}
     for batch in batches:
         state = ModelState.zeros(config, 1, torch.bfloat16, "meta")
         size = sum(x.nbytes for layer in state.layers for x in layer)
         bound = (2 * matrices + 2 * batch * size) / bandwidth
         step = steps[batch] = step_seconds(model, batch)
-        figures[f"decode, batch {batch}"] = {
-            "step_s": step,
-            "tokens_per_s": batch / step,
-            "share_of_bound": bound / step,
-        }
+        rates = {"tokens_per_s": batch / step, "share_of_bound": bound / step}
+        yield f"decode, batch {batch}", {"step_s": step, **rates}
     head = config.vocab_size * config.width
     for sequences in (1, 8):
         tokens = sequences * length // min(sequences, 2)
-        figures[f"prefill of {sequences} x {tokens // sequences}"] = _prefill(
-            model, sequences, tokens, 2 * (matrices - head) / rate
-        )
+        found = _prefill(model, sequences, tokens, 2 * (matrices - head) / rate)
+        yield f"prefill of {sequences} x {tokens // sequences}", found
     # Last: a profiler that has run once makes every later launch take longer.
     for batch, step in steps.items():
         for name, found in _sampling(model, batch, step).items():
-            figures[f"sampling, batch {batch}, {name}"] = found
-    return figures
+            yield f"sampling, batch {batch}, {name}", found
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from rwkv7.benchmark.clock import seconds
 from rwkv7.engine import Engine, Request
 from rwkv7.sampling import Sampler
 
-from .models import Figures, step_seconds
+from .models import Parts, step_seconds
 
 
-def mixed(model: RWKV7, slots: int, count: int, alone: int = 40) -> Figures:
+def mixed(model: RWKV7, slots: int, count: int, alone: int = 40) -> Parts:
     """Requests of mixed lengths through the engine, beside full equal batches of the bare model.
 
     With `deterministic=True` too, and there about `alone` of them once more by themselves.
@@ -26,13 +26,15 @@ def mixed(model: RWKV7, slots: int, count: int, alone: int = 40) -> Figures:
     prompt = torch.zeros(1, prefill_tokens, dtype=torch.int64, device=model.device)
     with torch.no_grad():
         once = seconds(lambda: model.hidden(prompt), model.device)
-    figures: Figures = {
-        "bare model": {
+    yield (
+        "bare model",
+        {
             "slots": slots,
             "decode_tokens_per_s": decode,
             "prefill_tokens_per_s": prefill_tokens / once,
         },
-    }
+    )
+    took = {}
     texts = _requests(model.config.vocab_size, count, longest)
     for name, deterministic in (("engine", False), ("deterministic", True)):
         engine = Engine(
@@ -42,22 +44,24 @@ def mixed(model: RWKV7, slots: int, count: int, alone: int = 40) -> Figures:
         read = sum(len(text.tokens) for text in texts)
         count_drawn = sum(map(len, drawn))
         ideal = read * once / prefill_tokens + count_drawn / decode
-        figures[name] = {
-            "requests": count,
-            "slots": slots,
-            "seconds": elapsed,
-            "drawn_tokens_per_s": count_drawn / elapsed,
-            "share_of_bare": ideal / elapsed,
-        }
+        took[name] = elapsed
+        yield (
+            name,
+            {
+                "requests": count,
+                "slots": slots,
+                "seconds": elapsed,
+                "drawn_tokens_per_s": count_drawn / elapsed,
+                "share_of_bare": ideal / elapsed,
+            },
+        )
         if deterministic:
             # Evenly from all of them: alone, each one takes as long as slots of them do together.
             some = range(0, count, max(1, count // alone))
             differ = sum(_run(engine, [texts[i]])[0] != [drawn[i]] for i in some)
-            figures["deterministic, alone"] = {"compared": len(some), "differ": differ}
+            yield "deterministic, alone", {"compared": len(some), "differ": differ}
         del engine
-    ratio = figures["engine"]["seconds"] / figures["deterministic"]["seconds"]
-    figures["deterministic / engine"] = {"speed": ratio}
-    return figures
+    yield "deterministic / engine", {"speed": took["engine"] / took["deterministic"]}
 
 
 def _requests(vocabulary: int, count: int, longest: int) -> list[Request]:

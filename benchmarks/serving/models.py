@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from rwkv7.engine.decoder import Decoder
 from rwkv7.engine.pool import Pool
 
 Figures = dict[str, dict[str, Any]]
+# One after the other, so that each can be kept before the next one is measured.
+Parts = Iterator[tuple[str, dict[str, Any]]]
 TINY = ModelConfig.from_sizes(vocab_size=256, width=64, layers=2, head_size=32)
 GREEDY = 0.0
 
