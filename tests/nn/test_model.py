@@ -201,8 +201,10 @@ def test_decoding_takes_the_same_numbers_by_another_path(batch, compiled):
         assert_close(state, after, 1e-4)
 
 
+@pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("outputs", [6, 7])
-def test_one_row_equals_many(outputs):
+def test_one_row_equals_many(outputs, halves, monkeypatch):
+    monkeypatch.setattr("rwkv7.nn.linear._halves_are_fast", lambda: halves)
     layer = Linear(5, outputs)
     x = torch.randn(1, 1, 5)
     with torch.no_grad():
