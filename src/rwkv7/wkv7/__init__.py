@@ -1,5 +1,5 @@
 from .contract import DECAY_SCALE, checks_wanted
-from .op import batch_invariant, checks, explain, unchecked, wkv7, wkv7_step_
+from .op import batch_invariant, checks, explain, needs_operator, unchecked, wkv7, wkv7_step_
 
 __all__ = [
     "DECAY_SCALE",
@@ -7,6 +7,7 @@ __all__ = [
     "checks",
     "checks_wanted",
     "explain",
+    "needs_operator",
     "unchecked",
     "wkv7",
     "wkv7_step_",

@@ -24,7 +24,15 @@ from .contract import (
 from .registry import Explanation, explanation, select
 from .step import wkv7_step_
 
-__all__ = ["batch_invariant", "checks", "explain", "unchecked", "wkv7", "wkv7_step_"]
+__all__ = [
+    "batch_invariant",
+    "checks",
+    "explain",
+    "needs_operator",
+    "unchecked",
+    "wkv7",
+    "wkv7_step_",
+]
 
 # Asked once: torch.compile cannot trace the question in every version.
 _AUTOCAST_DEVICES = {
@@ -91,9 +99,7 @@ def wkv7(
     given = (r, w, k, v, a, b, state)
     _refuse_forward_mode(*given)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    # A registered operation is for tracing and differentiating; it takes the host some time.
-    plain = not torch.is_grad_enabled() and type(r) is Tensor
-    run = _forward if plain and not torch.compiler.is_compiling() else _operator
+    run = _operator if needs_operator(r) else _forward
     return run(*given, decay, cu_seqlens, backend, save, invariance_wanted())[:2]
 
 
@@ -120,6 +126,14 @@ def explain(
     check_call(call)
     check_backend_name(backend)
     return explanation(call, backend)
+
+
+def needs_operator(x: Tensor) -> bool:
+    """Whether a call on x must go through its registered operation: to be traced or differentiated.
+
+    Going through one takes the host longer than a small kernel takes the GPU.
+    """
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import needs_operator, on_device_of, runs_fused
+from rwkv7.wkv7 import needs_operator
+
+from .launch import on_device_of, runs_fused
 
 _BLOCK = 2048
 _WARPS = 8

@@ -43,14 +43,6 @@ def runs_fused(*tensors: Tensor) -> bool:
     return _wanted is True or (_INSTALLED and tensors[0].is_cuda and _is_recent(tensors[0]))
 
 
-def needs_operator(x: Tensor) -> bool:
-    """Whether a kernel's registered operation is to be called: to be traced or differentiated.
-
-    Going through one takes the host longer than a small kernel takes the GPU.
-    """
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-
-
 def _is_recent(x: Tensor) -> bool:
     # A trace cannot ask the card; older ones are then refused by the compiler of the kernels.
     if torch.compiler.is_compiling() or torch.version.hip is not None:

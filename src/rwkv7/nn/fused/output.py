@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv7.state import wide_dtype
+from rwkv7.wkv7 import needs_operator
 
-from .launch import TILE_WARPS, head_tile, needs_operator, on_device_of, rows_apiece, runs_fused
+from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
 
 
 def gated_output(

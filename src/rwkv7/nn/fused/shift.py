@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rwkv7.nn.token_shift import Packing, token_shift
+from rwkv7.wkv7 import needs_operator
 
-from .launch import channel_block, needs_operator, on_device_of, rows_apiece, runs_fused
+from .launch import channel_block, on_device_of, rows_apiece, runs_fused
 
 MOST_MIXES = 6
 _ROWS = 16  # a forward program's

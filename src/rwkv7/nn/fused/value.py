@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import TILE_WARPS, head_tile, needs_operator, on_device_of, rows_apiece, runs_fused
+from rwkv7.wkv7 import needs_operator
+
+from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
 
 
 def mixed_value(
