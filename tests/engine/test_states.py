@@ -171,6 +171,18 @@ def test_a_full_disk_loses_nothing(model, tmp_path, monkeypatch):
     assert store.load("a").sampler.draws == 2
 
 
+def test_what_a_killed_process_left_half_written_is_removed(model, tmp_path):
+    ours = [tmp_path / f".session-a.safetensors.{x}4567abcd.tmp" for x in ("old", "new")]
+    its = [tmp_path / f".tmp{x}" for x in ("9RXiu5", "9RXiu6")]  # as safetensors calls its own
+    kept = [tmp_path / x for x in (".tmp", ".tmp-mine", "session-b.safetensors")]
+    for path in (*ours, *its, *kept):
+        path.write_bytes(b"half")
+    for path in (ours[0], its[0], *kept):
+        os.utime(path, (0, 0))
+    StateStore(tmp_path, model)
+    assert set(tmp_path.iterdir()) == {ours[1], its[1], *kept}
+
+
 WRITER = """
 import sys
 sys.path.insert(0, "tests")
