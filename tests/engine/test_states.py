@@ -149,6 +149,8 @@ def test_saved_conversations_go_on_as_they_were(model, tmp_path):
     for bad in ("", "x" * 201):
         with pytest.raises(ValueError, match="name: expected 1 to 200 bytes"):
             store.save(bad, session_after(model, 0))
+    with pytest.raises(TypeError, match="name: expected a text, found 5"):
+        store.load(5)
     with pytest.raises(ValueError, match="belongs to other weights"):
         StateStore(tmp_path / "new", talking_model(seed=1)).load("A")
 
