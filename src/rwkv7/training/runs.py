@@ -28,6 +28,7 @@ from .checkpoint import (
     load_checkpoint,
     machine,
     newest_checkpoint,
+    newest_trouble,
 )
 from .data import (
     BadRecords,
@@ -197,17 +198,17 @@ def resume_training(
     """
     crew = Crew()
     own = crew.together(lambda: choose_device(device))
-    nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
 
     def check() -> None:
         if not out.is_dir():
-            raise ValueError(nothing)
+            raise ValueError(f"{out}: there is no such folder, so no run to go on with")
         _check_save(save)
 
     def load() -> tuple[TrainSettings, TokenData | ChatData, Checkpoint, Tuning, AdamW]:
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
-            raise ValueError(nothing)
+            nothing = "there is no whole checkpoint to go on from; begin a new run"
+            raise ValueError(f"{out}: {newest_trouble(out) or nothing}")
         settings = resumed_settings(checkpoint.settings, changes or {})
         check_team(settings, crew.size)
         data = (open_chat if settings.chat else open_data)(out / "data")
@@ -223,6 +224,8 @@ def resume_training(
         team = Team(crew, settings, own, tuning, optimizer)
         heard = crew.together(lambda: _heard(crew, report, settings, out))
         _note_differences(checkpoint, tuning.model, heard)
+        if trouble := newest_trouble(out):
+            heard.note(f"goes on from step {checkpoint.step}: {trouble}")
         run = crew.together(lambda: Run(out, settings, data, tuning, team, checkpoint.step))
         return _finish(run, heard, on_step, save)
 
