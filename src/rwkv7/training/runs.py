@@ -53,7 +53,7 @@ from .sources import make_order
 from .together.processes import Crew
 from .together.team import Team, check_team, join_checkpoint, weights_place
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
-from .watch.plan import Plan, make_plan
+from .watch.plan import Plan, check_model_fits, check_step_fits, make_plan
 from .watch.report import Report, ReportToAll
 
 __all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
@@ -254,6 +254,7 @@ class _Beginning:
 
         def check() -> Text | None:
             _check_save(save)
+            check_model_fits(settings, self.parameters, self.device)
             return find_text([held_out_file]) if held_out_file else None
 
         def prepare(held_out_text: Text | None) -> TokenData | ChatData:
@@ -267,6 +268,10 @@ class _Beginning:
         def make() -> tuple[TokenData | ChatData, Tuning, AdamW]:
             data = prepared or (open_chat if settings.chat else open_data)(out / "data")
             tuning = self.make()
+            most = settings.batch * (settings.sequence or settings.window)
+            if isinstance(data, ChatData):  # which goes through each conversation once
+                most = min(most, len(data.documents.tokens.tokens))
+            check_step_fits(tuning, settings, self.device, most, crew.size)
             return data, tuning, make_optimizer(tuning.trained, settings)
 
         held_out_text = crew.on_first(check)
