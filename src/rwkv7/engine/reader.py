@@ -101,9 +101,10 @@ class Reader:
         tokens = torch.zeros(lanes, self._piece, dtype=torch.int64)
         ends, rows = [], []
         for lane in range(lanes):
-            part, slot = (parts[lane], slots[lane]) if lane < len(parts) else (tokens[0, :0], nobody)
-            tokens[lane, : len(part)] = part
-            ends += [lane * self._piece + len(part), (lane + 1) * self._piece]
+            size, slot = (len(parts[lane]), slots[lane]) if lane < len(parts) else (0, nobody)
+            if size:
+                tokens[lane, :size] = parts[lane]
+            ends += [lane * self._piece + size, (lane + 1) * self._piece]
             rows += [slot, nobody]
         return self._pinned(torch.cat((tokens.flatten(), torch.tensor([0, *ends, *rows]))))
 
