@@ -68,7 +68,7 @@ class Decoder:
         n = len(tokens)
         width = next((width for width in self.widths if width >= n), n)
         rows = self._padding(width)
-        rows[:, :n] = torch.tensor((tokens, slots))
+        rows.numpy()[:, :n] = tokens, slots  # torch.tensor takes several times as long
         return self._steps.get(width, self._step)(rows)[:n]
 
     def _padding(self, width: int) -> Tensor:

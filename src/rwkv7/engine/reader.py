@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ class Reader:
         pool: rows of it change; its last row, nobody's, holds whatever was left over.
         max_tokens: of one call.
         piece: the length of a lane for `deterministic=True`, None for packed calls. A call has as
-            many lanes as fit, whoever uses them. Where lanes give the same tokens other bits (a
-            machine whose products treat rows unequally), there is only one.
+            many lanes as fit, whoever uses them, or fewer if that gives the same bits. Where lanes
+            give the same tokens other bits (a machine whose products treat rows unequally), there
+            is only one.
         graphs: capture calls as CUDA graphs; nothing is captured elsewhere than on a GPU.
 
     Attributes:
@@ -48,10 +49,9 @@ class Reader:
         self._calls: dict[tuple[int, int], Callable[[Tensor], None]] = {}
         captures = graphs and model.device.type == "cuda"
         if piece is not None:
-            self.most = max(1, max_tokens // piece)
-            if self.most > 1 and not self._lanes_agree():
-                self.most = 1
-            shapes = [(self.most * piece, 2 * self.most)]
+            self._lanes = self._lanes_that_agree(max(1, max_tokens // piece))
+            self.most = self._lanes[-1]
+            shapes = [(lanes * piece, 2 * lanes) for lanes in reversed(self._lanes)]
         else:
             self.most = min(READ_TOGETHER, max_tokens)
             shapes = _shapes(max_tokens, min(self.most, pool.slots))
@@ -68,8 +68,9 @@ class Reader:
         """Read `parts`, `most` of them at most, on from the states in `slots`, all different."""
         total = sum(map(len, parts))
         if self._piece is not None:
-            shape = (self.most * self._piece, 2 * self.most)
-            given = self._in_lanes(parts, slots)
+            lanes = next(lanes for lanes in self._lanes if lanes >= len(parts))
+            shape = (lanes * self._piece, 2 * lanes)
+            given = self._in_lanes(parts, slots, lanes)
         else:
             shape = self._shape(total, len(parts))
             given = self._packed(parts, slots, *shape)
@@ -94,10 +95,10 @@ class Reader:
         numbers = torch.tensor([0, *ends, *[tokens] * filling, *rows])
         return self._pinned(torch.cat((*parts, rest, numbers)))
 
-    def _in_lanes(self, parts: Sequence[Tensor], slots: Sequence[int]) -> Tensor:
+    def _in_lanes(self, parts: Sequence[Tensor], slots: Sequence[int], lanes: int) -> Tensor:
         """Each part at the start of a lane of its own; what fills a lane is another sequence."""
         assert self._piece is not None
-        nobody, lanes = self._pool.slots, self.most
+        nobody = self._pool.slots
         tokens = torch.zeros(lanes, self._piece, dtype=torch.int64)
         ends, rows = [], []
         for lane in range(lanes):
@@ -125,15 +126,28 @@ class Reader:
         with mode(), unchecked():
             return self._model.hidden(ids[None], self._pool.read(rows), packed)[1]
 
-    def _lanes_agree(self) -> bool:
-        """Whether the same tokens in every lane lead to the same bits."""
+    def _lanes_that_agree(self, most: int) -> tuple[int, ...]:
+        """How many lanes a call may have, so that each gives the same tokens the same bits."""
         assert self._piece is not None
         part = torch.arange(self._piece) % self._model.config.vocab_size
         slot = self._pool.slots
-        self._pool.clear([slot])
-        given = self._in_lanes([part] * self.most, [slot] * self.most)
-        state = self._states(self.most * self._piece, given).select(range(0, 2 * self.most, 2))
-        return all(bool((x == x[:1]).all()) for layer in state.layers for x in layer)
+        found: list[int] = []
+        for lanes in (most, *(1 << k for k in reversed(range((most - 1).bit_length())))):
+            self._pool.clear([slot])
+            given = self._in_lanes([part] * lanes, [slot] * lanes, lanes)
+            state = self._states(lanes * self._piece, given).select(range(0, 2 * lanes, 2))
+            if not found:
+                expected = state.select([0])
+            pairs = zip(_tensors(state), _tensors(expected), strict=True)
+            if all(bool((x == e).all()) for x, e in pairs):
+                found.append(lanes)
+            elif not found:
+                return (1,)
+        return tuple(reversed(found))
+
+
+def _tensors(state: ModelState) -> Iterator[Tensor]:
+    return (x for layer in state.layers for x in layer)
 
 
 def _shapes(max_tokens: int, parts: int) -> list[tuple[int, int]]:
