@@ -145,7 +145,8 @@ def norm_mix(
     block = min(_CHANNELS, whole) if B == 1 else whole
     mixed = x.new_empty(len(mixes), B, 1, C)
     total = None if added is None else torch.empty_like(x)
-    how = _begins_early(x) if B == 1 else {"PDL": False, "num_warps": 8 if whole > 1024 else 4}
+    warps = max(4, min(16, whole // 256))
+    how = _begins_early(x) if B == 1 else {"PDL": False, "num_warps": warps}
     with on_device_of(x):
         kernel[(-(-C // block), B)](
             x.contiguous(), added, total, norm.weight, norm.bias, shift, slots, mixes, mixed, B,

@@ -47,28 +47,32 @@ def norm_mix(
     inside = c < C
     weight = channels(weight_ptr, c, inside)
     bias = channels(bias_ptr, c, inside)
+    # Loads are not moved over stores: all of them come first.
+    shares = ()
+    for m in tl.static_range(len(mixes)):
+        shares = shares + (channels(mixes[m], c, inside),)
     _wait(PDL)
     x = channels(x_ptr + row * C, i, i < C)
     mine = channels(x_ptr + row * C, c, inside)
     if added_ptr is not None:
         dtype: tl.constexpr = sum_ptr.dtype.element_ty
         x = (x + channels(added_ptr + row * C, i, i < C)).to(dtype).to(tl.float32)
-        total = (mine + channels(added_ptr + row * C, c, inside)).to(dtype)
-        tl.store(sum_ptr + row * C + c, total, inside)
-        mine = total.to(tl.float32)
+        mine = (mine + channels(added_ptr + row * C, c, inside)).to(dtype).to(tl.float32)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    used = inside & (slot >= 0)
+    before = channels(pool_ptr + slot * C, c, used)
     mean = tl.sum(x, 0) / C
     x = tl.where(i < C, x - mean, 0.0)
     deviation = tl.sqrt(tl.sum(x * x, 0) / C + eps)
     n = (mine - mean) / deviation * weight + bias
     kept = n.to(pool_ptr.dtype.element_ty)
     n = kept.to(tl.float32)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    used = inside & (slot >= 0)
-    delta = channels(pool_ptr + slot * C, c, used) - n
-    tl.store(pool_ptr + slot * C + c, kept, used)
     for m in tl.static_range(len(mixes)):
-        y = n + delta * channels(mixes[m], c, inside)
+        y = n + (before - n) * shares[m]
         tl.store(y_ptr + (m * B + row) * C + c, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(pool_ptr + slot * C + c, kept, used)
+    if added_ptr is not None:
+        tl.store(sum_ptr + row * C + c, mine.to(sum_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

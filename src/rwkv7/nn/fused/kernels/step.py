@@ -58,7 +58,7 @@ def mix_in_pool(
 
 
 @triton.jit
-def channels(pointer, at, inside):
+def channels(pointer: tl.tensor, at: tl.tensor, inside: tl.tensor):
     """Numbers of one head, in float32."""
     return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
 
