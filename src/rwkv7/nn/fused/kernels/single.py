@@ -50,7 +50,7 @@ def norm_mix(
     # Loads are not moved over stores: all of them come first.
     shares = ()
     for m in tl.static_range(len(mixes)):
-        shares = shares + (channels(mixes[m], c, inside),)
+        shares += (channels(mixes[m], c, inside),)
     _wait(PDL)
     x = channels(x_ptr + row * C, i, i < C)
     mine = channels(x_ptr + row * C, c, inside)
