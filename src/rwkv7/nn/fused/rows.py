@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activation import squared_relu
-from .launch import on_device_of
-from .single import ChannelMixWeights, Norm, TimeMixWeights, norm_mix, power_of_two
+from .launch import on_device_of, power_of_two
+from .single import ChannelMixWeights, Norm, TimeMixWeights, norm_mix
 from .step import Projections, time_mix_step_
 
 # Sizes of a program, measured on an H200: columns of a product, bytes along it at once, and for how

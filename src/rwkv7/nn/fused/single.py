@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkv7.wkv7 import DECAY_SCALE, checks_wanted
 
 from .keys import KEY_NORM_EPS
-from .launch import on_device_of, runs_fused
+from .launch import on_device_of, power_of_two, runs_fused
 from .step import LARGEST_HEAD, StepParameters
 
 # Sizes of a program, measured on an H100 (`benchmarks/engine.py bounds`): rows of a matrix and how
@@ -173,7 +173,3 @@ def _begins_early(x: Tensor) -> dict[str, Any]:
     early = x.is_cuda and torch.version.hip is None
     early = early and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"PDL": early, "num_warps": _WARPS, **({"launch_pdl": True} if early else {})}
-
-
-def power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
