@@ -199,7 +199,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 def test_a_launch(card: Driver) -> None:
     device = torch.device("cuda", 1)
     for _ in range(2):
-        launch.launch(FORWARD, MACROS, device, 12, (2**63, 0, 65))
+        launch.launch(FORWARD, MACROS, device, [(12, (2**63, 0, 65))])
     shared = FORWARD.shared_bytes(MACROS)
     started = ("launch", "function", 12, 1, 1, FORWARD.threads, 1, 1, shared, 42)
     assert card.told == [
@@ -217,16 +217,16 @@ def test_a_launch(card: Driver) -> None:
 
 def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
     device = torch.device("cuda", 0)
-    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
     card.context, card.told[:] = 0, []
-    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
     assert [what[0] for what in card.told] == ["retain", "current", "launch"]
 
 
 def test_what_the_driver_refuses_is_said(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: b"bad")
     with pytest.raises(RuntimeError, match="loading wkv7_forward for sm_90a.*INVALID_IMAGE"):
-        launch.launch(FORWARD, MACROS, torch.device("cuda", 0), 1, (1, 2, 3))
+        launch.launch(FORWARD, MACROS, torch.device("cuda", 0), [(1, (1, 2, 3))])
 
 
 def call(
