@@ -89,11 +89,12 @@ DEVICE u32* channels_at(char* tile, int row, int part) {
     int l = lane_id();
     return (u32*)(tile + tile_at(row, 8 * part + (l >> 2)) + (l & 3) * 4);
 }
-// The step that a warp prepares, the first of its parts there, and a barrier for the step's warps.
+// The step that a warp prepares, the first of its parts there, and a barrier for the step's warps: the whole
+// block's where they are several, since racecheck loses count of barriers beside those of a group.
 DEVICE int prepared_step() { return BY_STEP ? 0 : WARPS_PER_STEP == 1 ? member() : member() % STEPS; }
 DEVICE int prepared_part() { return WARPS_PER_STEP == 1 ? 0 : member() / STEPS; }
 DEVICE void sync_step() {
-    WARPS_PER_STEP == 1 ? sync_warp() : sync_group(1 + prepared_step(), 32 * WARPS_PER_STEP);
+    WARPS_PER_STEP == 1 ? sync_warp() : sync_block();
 }
 
 // Starts copying the rows of a warp's step of [tokens, H, N] numbers of `width` bytes; those past the
@@ -156,8 +157,9 @@ DEVICE void rows_loaded(char* shared, int tokens) {
     const int first = STEP * prepared_step();
     copies_done();
     sync_step();
-    if (!LOGIT || first + STEP <= tokens) return;  // zeros, as they were filled, are decays of 1
-    for (int i = 32 * prepared_part() + lane_id(); i < STEP * N; i += 32 * WARPS_PER_STEP) {
+    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
+    const int missing = first + STEP > tokens ? STEP * N : 0;
+    for (int i = 32 * prepared_part() + lane_id(); i < missing; i += 32 * WARPS_PER_STEP) {
         const int row = first + i / N, channel = i % N;
         if (row < tokens) continue;
         if (W_FP32)
