@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -105,6 +106,17 @@ def test_a_full_disk_is_an_oserror_of_one_line_that_names_the_file(tmp_path, err
     assert target.read_bytes() == b"old"
 
 
+def test_a_full_disk_is_known_by_its_number_in_what_safetensors_says(tmp_path):
+    says = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+    def write(file):
+        raise SafetensorError(says)
+
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.bin") as met:
+        write_atomically(tmp_path / "a.bin", write)
+    assert met.value.errno == errno.ENOSPC
+
+
 def test_an_error_on_the_temporary_file_names_the_one_wanted(tmp_path):
     target = tmp_path / "a.bin"
     with pytest.raises(FileNotFoundError) as met:
@@ -116,3 +128,14 @@ def test_a_folder_is_no_place_for_a_file(tmp_path):
     with pytest.raises(IsADirectoryError) as met:
         write_atomically(tmp_path, lambda file: pytest.fail("nothing shall be written"))
     assert met.value.filename == str(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are none here")
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path(os.devnull)):
+        with pytest.raises(OSError, match="is a device or a pipe") as met:
+            write_atomically(path, lambda file: pytest.fail("nothing shall be written"))
+        assert met.value.filename == str(path)
+    assert (tmp_path / "pipe").is_fifo()

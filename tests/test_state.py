@@ -132,6 +132,25 @@ def test_tuned_state_refuses_to_lose_anything(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.to_sparse(), "floating point numbers, found torch.sparse_coo"),
+        (lambda x: x.to(torch.complex64), "found torch.strided, torch.complex64"),
+        (lambda x: x.int(), "found torch.strided, torch.int32"),
+        (lambda x: x.fill_(torch.nan), "expected numbers, found NaN"),
+    ],
+    ids=["sparse", "complex", "int", "NaN"],
+)
+def test_tuned_state_refuses_other_kinds_of_tensors(tmp_path, change, says):
+    save_tuned(ModelState.zeros(SMALL), tmp_path / "tuned.pth")
+    content = torch.load(tmp_path / "tuned.pth")
+    name = "blocks.1.att.time_state"
+    torch.save(content | {name: change(content[name])}, tmp_path / "tuned.pth")
+    with pytest.raises(ValueError, match=rf"tuned\.pth: {name}: .*{says}"):
+        load_tuned(tmp_path / "tuned.pth", SMALL)
+
+
 def test_foreign_layouts():
     state = torch.randn(2, 3, 4, 5, requires_grad=True)  # [B, H, V, K]
     foreign = rwkv7.state_to_fla(state)

@@ -34,6 +34,7 @@ _LOADING = (
 
 _FULL = 1 << 16  # a disk with fewer bytes left has no room for the next piece of a file
 _FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
+_SAFETENSORS_OWN = f".tmp{'[0-9A-Za-z]' * 6}"  # what it calls its temporary files
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -163,6 +164,8 @@ def _pytorch_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise ValueError(f"expected a dictionary of named tensors, found {found}")
     dense = {name: x for name, x in content.items() if x.layout == torch.strided}
     for name, x in dense.items():
+        if x.is_meta:
+            raise ValueError(f"{name} has a shape and no numbers: it was saved on the meta device")
         if x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"{name} claims {x.nbytes:,} bytes of memory, more than it has")
     # A tied head shares the embedding's memory; nothing honest shares more than that.
@@ -183,7 +186,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         write: makes the file at the path it is given, in the folder of `path`.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: what `check_destination` says.
+        FileNotFoundError, IsADirectoryError, OSError: what `check_destination` says.
         OSError: what the writing met, for instance a full disk; it names `path`.
     """
     check_destination(path)
@@ -268,17 +271,23 @@ def check_destination(path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: its folder does not exist.
         IsADirectoryError: it is a folder itself.
+        OSError: it is a device, a pipe or alike: a file put in its place would be its end.
     """
     final = Path(path).resolve()
     if final.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; expected a name for a file", str(path))
+    if final.exists() and not final.is_file():
+        raise OSError(errno.EINVAL, "is a device or a pipe; expected a name for a file", str(path))
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{path}: its folder {final.parent} does not exist; make it first")
 
 
 def remove_forgotten(folder: Path, pattern: str) -> None:
-    """Remove the temporary files in `folder` that killed processes left an hour ago or more."""
-    for path in folder.glob(pattern):
+    """Remove the temporary files in `folder` that killed processes left an hour ago or more.
+
+    Those that `pattern` names, and those that safetensors makes beside the file it is to write.
+    """
+    for path in (*folder.glob(pattern), *folder.glob(_SAFETENSORS_OWN)):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _FORGOTTEN:
                 path.unlink()
@@ -316,6 +325,9 @@ def _mode_of_new(path: Path) -> int:
 
 
 def _unwritable(path: str | os.PathLike[str], error: Exception) -> OSError:
+    # safetensors says why in words that hold the system's number.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
     # torch says where in the file it stopped, not why.
     if shutil.disk_usage(Path(path).resolve().parent).free < _FULL:
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -261,12 +261,19 @@ def load_tuned(
                 f"model, and nothing else; {odd} is {'too much' if odd in tensors else 'missing'}"
             )
         for name, layer in zip(expected, state.layers, strict=True):
-            if tensors[name].shape != layer.wkv.shape[1:]:
+            x, shape = tensors[name], layer.wkv.shape[1:]
+            if x.shape != shape:
                 raise ValueError(
-                    f"{path}: {name}: expected [H, V, K] = {list(layer.wkv.shape[1:])}, "
-                    f"found {list(tensors[name].shape)}"
+                    f"{path}: {name}: expected [H, V, K] = {list(shape)}, found {list(x.shape)}"
                 )
-            layer.wkv.copy_(tensors[name])
+            if x.layout != torch.strided or not x.is_floating_point():
+                raise ValueError(
+                    f"{path}: {name}: expected a dense tensor of floating point numbers, "
+                    f"found {x.layout}, {x.dtype}"
+                )
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"{path}: {name}: expected numbers, found NaN or infinities")
+            layer.wkv.copy_(x)
     return state
 
 

@@ -124,3 +124,11 @@ def test_a_message_that_is_not_utf8_is_said_as_it_is(talk):
     assert code == 0
     assert err.count(" tokens, ") == 2
     assert out == talk("a\udcff\udcfe", "b")[1] != talk("a", "b")[1]
+
+
+def test_a_stdin_that_is_closed(checkpoint, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(checkpoint)])
+    assert ended.value.code == 2
+    assert capfd.readouterr() == ("", "error: chat: expected messages on stdin, found it closed\n")

@@ -53,6 +53,11 @@ def raising(error):
         (FileNotFoundError(2, "No such file or directory", "a b.pth"), "error: a b.pth: No such"),
         (torch.OutOfMemoryError("CUDA out of memory"), "error: CUDA out of memory"),
         (ValueError(), "error: ValueError"),
+        (MemoryError("Unable to allocate 9 EiB"), "error: Unable to allocate 9 EiB"),
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: you tried to allocate 16000 bytes. Error"),
+            "error: memory: there is no room for 16,000 bytes on the CPU",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(verb, capsys, error, line):

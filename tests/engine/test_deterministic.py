@@ -13,6 +13,7 @@ from rwkv7.engine import decoder as decoder_module
 from rwkv7.engine import prefill as prefill_module
 from rwkv7.engine.decoder import Decoder
 from rwkv7.engine.pool import Pool
+from rwkv7.engine.reader import Reader
 from rwkv7.sampling import Sampler
 
 
@@ -132,11 +133,7 @@ def unequal(step):
 
 
 def test_prompts_go_one_by_one_where_lanes_are_treated_unequally(model, monkeypatch):
-    def lanes():
-        pool = Pool(model.config, 4, model.dtype, model.device)
-        return prefill_module.Prefill(model, pool, 64, True, None)._lanes
-
-    assert lanes() in (1, 64 // prefill_module.PIECE)
+    assert most_lanes(model) in (1, 8)
     hidden = type(model).hidden
 
     def unequal(self, tokens, state, offsets):
@@ -145,4 +142,31 @@ def test_prompts_go_one_by_one_where_lanes_are_treated_unequally(model, monkeypa
         return features, state
 
     monkeypatch.setattr(type(model), "hidden", unequal)
-    assert lanes() == 1
+    assert most_lanes(model) == 1
+
+
+def most_lanes(model):
+    pool = Pool(model.config, 4, model.dtype, model.device)
+    return Reader(model, pool, 64, 8, graphs=False).most
+
+
+def test_a_call_has_fewer_lanes_only_where_the_bits_are_the_same(model, monkeypatch):
+    if most_lanes(model) == 1:
+        pytest.skip("here lanes are treated unequally")
+    hidden, calls = type(model).hidden, []
+
+    def by_size(self, tokens, state, offsets):
+        features, state = hidden(self, tokens, state, offsets)
+        calls.append(tokens.shape[1])
+        if tokens.shape[1] == 16:
+            state.layers[0].wkv[0] += 1e-3
+        return features, state
+
+    monkeypatch.setattr(type(model), "hidden", by_size)
+    engine = build(model, slots=20)
+    reader = Reader(model, engine._pool, 64, 8, graphs=False)
+    calls.clear()
+    with torch.no_grad():
+        for count in (1, 2, 5):
+            reader([torch.arange(3)] * count, range(count))
+    assert 16 not in calls and calls[-1] == 64 and calls[0] in (8, 32, 64)

@@ -10,6 +10,7 @@ from random_model import SMALL, error, random_model, random_tokens, rows
 
 from rwkv7.benchmark.clock import peak_mib
 from rwkv7.engine import Engine, Request, memory_budget
+from rwkv7.engine.prefill import ENOUGH, PATIENCE
 from rwkv7.packing import pack
 from rwkv7.sampling import Sampler
 
@@ -65,6 +66,25 @@ def test_more_prompts_than_tokens_a_step_all_come_through(deterministic):
     assert all(len(handle.result().tokens) == 1 for handle in handles)
 
 
+def test_new_prompts_wait_for_each_other_but_not_for_long():
+    engine = Engine(MODEL, slots=20)
+    running = [engine.submit(Request([i], max_tokens=3 * PATIENCE)) for i in range(2 * ENOUGH)]
+    engine.step()
+
+    def steps_to_read(count):
+        handles = [engine.submit(Request([1, 2, 3], max_tokens=1)) for _ in range(count)]
+        for steps in itertools.count():
+            if all(handle.done for handle in handles):
+                return steps
+            engine.step()
+
+    assert steps_to_read(1) == 1 + PATIENCE
+    assert steps_to_read(2) == 1
+    assert not any(handle.done for handle in running)
+    engine.run_until_idle()
+    assert steps_to_read(1) == 1
+
+
 def test_padded_batches_give_what_unpadded_prompts_give():
     tokens, lengths = random_tokens(SMALL, 3, 7), [4, 7, 1]
     for left in (False, True):
@@ -95,3 +115,19 @@ def test_the_budget_is_what_an_engine_takes(slots, tokens):
         engine.submit(Request(random_tokens(SMALL, 1 + tokens // slots), max_tokens=9))
     for _ in range(3):
         assert peak_mib(engine.step, torch.device("cpu")) * 2**20 <= budget.working
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[9, 2, 130, 700], [700], [3] * 8], ids=str)
+def test_captured_calls_leave_the_states_of_plain_ones(lengths):
+    model = random_model(dtype=torch.float32).to("cuda")
+    prompts = [random_tokens(SMALL, length, seed=i) for i, length in enumerate(lengths)]
+    found = []
+    for graphs in (None, False):
+        engine = Engine(model, slots=8, max_prefill_tokens=256, cuda_graphs=graphs)
+        requests = (Request(prompt, max_tokens=0, keep=True) for prompt in prompts)
+        handles = [engine.submit(request) for request in requests]
+        found.append([handle.result().session.state for handle in handles])
+    for captured, plain in zip(*found, strict=True):
+        for x, y in zip(rows(captured), rows(plain), strict=True):
+            assert error(x, y) < 1e-5

@@ -149,6 +149,8 @@ def test_saved_conversations_go_on_as_they_were(model, tmp_path):
     for bad in ("", "x" * 201):
         with pytest.raises(ValueError, match="name: expected 1 to 200 bytes"):
             store.save(bad, session_after(model, 0))
+    with pytest.raises(TypeError, match="name: expected a text, found 5"):
+        store.load(5)
     with pytest.raises(ValueError, match="belongs to other weights"):
         StateStore(tmp_path / "new", talking_model(seed=1)).load("A")
 
@@ -169,6 +171,18 @@ def test_a_full_disk_loses_nothing(model, tmp_path, monkeypatch):
     assert list(store) == ["a"]
     assert len(list(tmp_path.iterdir())) == 1
     assert store.load("a").sampler.draws == 2
+
+
+def test_what_a_killed_process_left_half_written_is_removed(model, tmp_path):
+    ours = [tmp_path / f".session-a.safetensors.{x}4567abcd.tmp" for x in ("old", "new")]
+    its = [tmp_path / f".tmp{x}" for x in ("9RXiu5", "9RXiu6")]  # as safetensors calls its own
+    kept = [tmp_path / x for x in (".tmp", ".tmp-mine", "session-b.safetensors")]
+    for path in (*ours, *its, *kept):
+        path.write_bytes(b"half")
+    for path in (ours[0], its[0], *kept):
+        os.utime(path, (0, 0))
+    StateStore(tmp_path, model)
+    assert set(tmp_path.iterdir()) == {ours[1], its[1], *kept}
 
 
 WRITER = """

@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save_file
 from rwkv7.config import ModelConfig
 from rwkv7.nn import RWKV7
 from rwkv7.training import TrainSettings, checkpoint
-from rwkv7.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from rwkv7.training.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    newest_trouble,
+    save_checkpoint,
+)
 from rwkv7.training.optim import make_optimizer
 from rwkv7.training.tuning import Tuning, whole
 
@@ -68,6 +73,37 @@ def test_the_newest_two_are_kept_and_a_damaged_one_does_not_count(
     (folder / "step-00000002" / "training.json").write_text("{")
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_what_keeps_the_newest_from_being_used_is_told(
+    tmp_path: Path, trained: Trained, settings: TrainSettings
+) -> None:
+    assert newest_trouble(tmp_path) is None
+    path = save_checkpoint(tmp_path, *trained, settings, 1)
+    assert newest_trouble(tmp_path) is None
+    written = json.loads((path / "training.json").read_text())
+
+    def trouble(**changed: Any) -> str:
+        kept = {name: value for name, value in {**written, **changed}.items() if value is not None}
+        (path / "training.json").write_text(json.dumps(kept))
+        assert newest_checkpoint(tmp_path) is None
+        found = newest_trouble(tmp_path)
+        assert found is not None and found.startswith("step-00000001 cannot be used: ")
+        return found
+
+    older = "its settings are not those of this version of rwkv7"
+    unknown = trouble(settings={**written["settings"], "momentum": 0.9})
+    assert f"{older} (settings: unknown names momentum)" in unknown
+    assert f"{older} (order: expected one of" in trouble(
+        settings={**written["settings"], "order": "random"}
+    )
+    assert "its format is 2, expected 1" in trouble(format=2)
+    assert "does not say 'machine'" in trouble(machine=None)
+    sizes = written["bytes"]
+    changed = {**sizes, "model.safetensors": sizes["model.safetensors"] + 1}
+    assert "model.safetensors has" in trouble(bytes=changed)
+    (path / "optimizer.safetensors").unlink()
+    assert "optimizer.safetensors: No such file or directory" in trouble()
 
 
 @pytest.mark.parametrize("failing", ["save_model", "save_file", "_flush"])

@@ -17,7 +17,7 @@ from torch.nn import functional
 from rwkv7 import save_model
 from rwkv7.config import ModelConfig
 from rwkv7.tokenizer import ByteTokenizer, WorldTokenizer
-from rwkv7.training import resume_training, tune_model
+from rwkv7.training import TrainSettings, resume_training, train_model, tune_model
 from rwkv7.training.batch import IGNORED
 from rwkv7.training.data import find_text, prepare_chat
 from rwkv7.training.data.chat import ChatData, chat_parts
@@ -189,3 +189,15 @@ def test_a_run_on_conversations_is_resumed_to_the_same_states(
         resume_training(runs[1], texts=[chat_file], device="cpu")
     with pytest.raises(ValueError, match="speaks within 4 tokens, found none"):
         tune_model(base, {**given, "window": 4}, [chat_file], tmp_path / "none", device="cpu")
+
+
+def test_a_batch_of_more_than_all_conversations_needs_no_more_room(
+    tmp_path: Path, chat_file: Path
+) -> None:
+    settings = TrainSettings(
+        chat=True, steps=1, layers=1, width=16, head_size=8, window=60, batch=10**9, held_out=5
+    )
+    result = train_model(
+        settings, [chat_file], tmp_path / "run", device="cpu", on_step=lambda _: True
+    )
+    assert result.step == 1

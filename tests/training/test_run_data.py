@@ -125,3 +125,15 @@ def test_a_corpus_that_changed_is_another(tmp_path: Path) -> None:
     (tmp_path / "c.idx").unlink()
     with pytest.raises(ValueError, match="missing or damaged: .*c.idx"):
         open_data(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("kept", "lost"), [(".bin", ".idx"), (".idx", ".bin")])
+def test_half_of_a_corpus_is_not_taken_for_text(
+    tmp_path: Path, corpus: Path, kept: str, lost: str
+) -> None:
+    alone = tmp_path / f"alone{kept}"
+    alone.write_bytes(corpus.with_suffix(kept).read_bytes())
+    with pytest.raises(ValueError, match=f"alone{kept} is half of .* found no .*alone{lost}"):
+        find_text([alone])
+    with pytest.raises(ValueError, match="there is no file or folder"):
+        find_text([tmp_path / f"none{kept}"])

@@ -145,8 +145,10 @@ def test_a_run_that_would_be_another_is_refused(
         resume_training(whole, {"learning_rate": 0.5}, device=CPU)
     with pytest.raises(ValueError, match="not the text that the run was begun with"):
         resume_training(whole, texts=[other], device=CPU)
-    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+    with pytest.raises(ValueError, match="nowhere: there is no such folder"):
         resume_training(tmp_path / "nowhere", device=CPU)
+    with pytest.raises(ValueError, match="no whole checkpoint to go on from"):
+        resume_training(tmp_path, device=CPU)
     with pytest.raises(ValueError, match=r"a run of 8 steps\. Go on with it \(--resume\)"):
         train_model(settings, [text], whole, device=CPU)
     with pytest.raises(ValueError, match="cannot use 'abacus'"):
@@ -298,6 +300,11 @@ def test_resuming_elsewhere_says_what_differs(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     resume_training(run, device=CPU, report=notes, on_step=lambda _: True)
     assert "not bit for bit" in notes.notes[0] and "99 now" in notes.notes[0]
+    monkeypatch.undo()
+    (run / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"damaged")
+    resume_training(run, device=CPU, report=notes, on_step=lambda _: True)
+    assert "goes on from step 2: step-00000003 cannot be used: model" in notes.notes[-1]
+    assert newest(run) == 3
 
 
 def newest(run: Path) -> int:

@@ -133,6 +133,13 @@ def test_numbers_that_are_none(good, bad, dtype):
     refused(good / "bad.safetensors", r"blocks\.1\.ffn\.key\.weight: expected finite numbers")
 
 
+def test_a_tensor_without_numbers_is_named(good):
+    tensors = torch.load(good / "good.pth", weights_only=True)
+    tensors["head.weight"] = tensors["head.weight"].to("meta")
+    torch.save(tensors, good / "meta.pth")
+    refused(good / "meta.pth", r"head\.weight has a shape and no numbers: .* meta device")
+
+
 def test_nested_dictionaries_are_named(good):
     tensors = torch.load(good / "good.pth", weights_only=True)
     torch.save({"epoch": 3, "state_dict": tensors}, good / "trainer.ckpt")

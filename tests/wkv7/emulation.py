@@ -11,7 +11,7 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,8 @@ from rwkv7.wkv7.backends.cuda import CudaBackend, compiler, launch, plan
 DRIVER = Path(__file__).with_name("emulated") / "kernel.cpp"
 BAND = 64  # elements before and after an output that must stay as they are
 SENTINEL = 7.0
-# Cards that no call leaves idle, and that any of ours does.
+# Cards on which every call is one walk a sequence and head, and on which ours may be relays or
+# segments.
 SMALL, LARGE = plan.Card(0, 2**18), plan.Card(132, 2**18)
 
 
@@ -47,24 +48,22 @@ class Emulator:
         kernel: plan.Kernel,
         macros: plan.Macros,
         device: torch.device,
-        blocks: int,
-        arguments: tuple[int, ...],
+        grids: Sequence[tuple[int, tuple[int, ...]]],
     ) -> None:
-        """What the driver does with a grid: every block, and every thread of it."""
+        """What the driver does with grids: every block, and every thread of it."""
         built = self.built(kernel, macros)
-        assert device.type == "cpu" and built.arguments() == len(arguments)
-        # The kernels read 16 bytes at a time, which the card wants on 16 bytes. Sizes are small.
-        assert not any(address % 16 for address in arguments if address > 2**31)
-        built.run((ctypes.c_uint64 * len(arguments))(*arguments), blocks)
-        self.launches.append(kernel.name + " pipelined" * kernel.pipelined)
+        for blocks, arguments in grids:
+            assert device.type == "cpu" and built.arguments() == len(arguments)
+            # The kernels read 16 bytes at a time, on 16 bytes. Sizes are small numbers.
+            assert not any(x % 16 for x in arguments if x > 2**31)
+            built.run((ctypes.c_uint64 * len(arguments))(*arguments), blocks)
+            self.launches.append(kernel.name)
 
     @functools.cache  # noqa: B019
     def built(self, kernel: plan.Kernel, macros: plan.Macros) -> ctypes.CDLL:
         """The kernel, built with these macros."""
         values = (str(value) for _, value in macros)
-        build = self.folder / "-".join(
-            [kernel.name, str(kernel.head), str(kernel.pipelined), *values]
-        )
+        build = self.folder / "-".join([kernel.name, str(kernel.head), *values])
         build.mkdir()
         (build / "program.inc").write_text(kernel.program(macros))
         command = ["g++", "-O1", "-march=native", "-std=c++17", "-fPIC", "-shared", "-w"]

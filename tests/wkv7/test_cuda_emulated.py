@@ -44,6 +44,21 @@ BIG_HEADS = [
     Case(T=70, through="y", **BIG),
     Case(T=1, state="none", through="state", **BIG),
 ]
+RELAYED = [
+    *(
+        Case(T=T, values=values, state=state, **{**ONE, "B": B, "H": H})
+        for T, B, H, values, state in (
+            (65, 1, 1, "model", "none"),
+            (230, 2, 2, "model", "random"),
+            (200, 1, 1, "same key", "none"),
+            (300, 1, 3, "decay floor", "zero"),
+            (180, 1, 1, "large v", "random"),
+        )
+    ),
+    *(Case(T=150, through=through, **ONE) for through in ("y", "state")),
+    Case(T=130, decay="log_bounded", wide_w=True, **ONE),
+    Case(T=200, values="same key", **BIG),
+]
 SEGMENTED = [
     *(
         Case(T=230, values=values, state=state, **{**ONE, "B": 2})
@@ -51,6 +66,8 @@ SEGMENTED = [
             ("model", "same key", "decay floor"), ("none", "random")
         )
     ),
+    *(Case(T=250, through=through, **{**ONE, "H": 2}) for through in ("y", "state")),
+    Case(T=200, decay="log_bounded", wide_w=True, **ONE),
     Case(T=200, values="same key", **BIG),
 ]
 # Gradients through one output alone; the other one's is absent.
@@ -178,14 +195,19 @@ def test_big_heads_in_fp16() -> None:
     ids=str,
 )
 def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
-    """As fp16 with a power of two a row, where plan.chunk_count says; an empty chunk saves none."""
+    """As fp16 with a power of two a row, where plan.chunk_count says; an empty chunk saves none.
+
+    A thread's elements of 16 rows and 16 columns lie side by side.
+    """
     given, options = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
     offsets = options["cu_seqlens"]
     call = Call(*given, case.decay, offsets)
     _, _, saved = CudaBackend().forward(call, True)
     N = case.K
     words = plan.chunk_count(call) * N * N // 2
-    states = saved[:words].view(torch.float16).view(-1, 1, N, N)
+    # 16 rows, 16 columns, row of 8, two columns of 8, which 8 columns, which 8 rows, which column.
+    threads = saved[:words].view(torch.float16).view(-1, 1, N // 16, N // 16, 8, 4, 2, 2, 2)
+    states = threads.permute(0, 1, 2, 7, 4, 3, 6, 5, 8).reshape(-1, 1, N, N)
     scales = saved[words:].view(-1, 1, N)
     wide = [x.double() for x in given]
     spans = itertools.pairwise(case.offsets) if case.offsets else [(0, case.T)] * case.B
@@ -198,42 +220,66 @@ def test_the_state_before_every_chunk_is_saved(case: Case) -> None:
             assert relative_error(found, state[0]) < BOUNDS[torch.bfloat16].state
 
 
-@pytest.mark.parametrize("case", SEGMENTED, ids=str)
-def test_segments_at_once(case: Case, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in SEGMENTED),
+        (Case(T=200, values="same key", **ONE), torch.float16),
+        (Case(T=200, **BIG), torch.float16),
+    ],
+    ids=str,
+)
+def test_segments_at_once(
+    case: Case, dtype: torch.dtype, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sequences of four segments, the last ones ragged, joined by their maps."""
     monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 64)
     monkeypatch.setattr(plan, "FEWEST_SEGMENTS", 4)
     emulator.launches.clear()
-    assert not failures(case, CPU, torch.bfloat16)
-    form = " pipelined" if case.K == 64 else ""
-    forward = [f"forward{form}", f"forward{form}", "chain", f"forward{form}"]
-    backward = [f"backward{form}", "chain", f"backward{form}"]
+    assert not failures(case, CPU, dtype)
+    forward, backward = ["segment", "chain", "forward"], ["segment_back", "chain", "backward"]
     assert emulator.launches == forward + backward
 
 
+@pytest.fixture
+def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of more than a chunk is a relay, in slabs of two chunks and one."""
+    monkeypatch.setattr(launch, "card", lambda device: LARGE)
+    monkeypatch.setattr(plan, "FEWEST_CHUNKS", 2)
+    monkeypatch.setattr(
+        plan, "slab_sizes", lambda chunks, *_: [2] * (chunks // 2) + [1] * (chunks % 2)
+    )
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        *(Case(T=T, state=state, **ONE) for T, state in ((1, "none"), (130, "random"))),
-        Case(T=1, state="none", decay="log_bounded", **{**ONE, "B": 2}),
-        Case(T=2, state="none", through="y", **ONE),
-        Case(T=300, values="same key", **ONE),
-        Case(T=70, decay="log_bounded", wide_w=True, **ONE),
-        Case(offsets=PACKED, **{**ONE, "H": 2}),
-        Case(T=70, through="y", **ONE),
+        *((case, torch.bfloat16) for case in RELAYED),
+        (Case(T=200, values="same key", **ONE), torch.float16),
+        (Case(T=130, decay="log_bounded", wide_w=True, **ONE), torch.float16),
+        (Case(T=140, **BIG), torch.float16),
     ],
     ids=str,
 )
-def test_pipelined(case: Case, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More warps a block compute the same."""
-    given, options = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
-    alone = wkv7(*given, **options)
-    monkeypatch.setattr(launch, "card", lambda device: LARGE)
+@pytest.mark.usefixtures("relayed")
+def test_relay(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
+    """Slabs of two chunks, the last one ragged: a launch more than slabs, both ways."""
     emulator.launches.clear()
-    assert all(map(torch.equal, wkv7(*given, **options), alone))
-    assert not failures(case, CPU, torch.bfloat16)
-    assert set(emulator.launches) == {"forward pipelined", "backward pipelined"}
+    assert not failures(case, CPU, dtype)
+    launches = 1 + -(-case.T // 128)
+    expected = ["relay"] * launches + ["relay_back"] * launches + ["backward"]
+    assert emulator.launches == expected
+
+
+@pytest.mark.parametrize("case", [Case(T=300, **{**ONE, "B": 2}), Case(T=140, **BIG)], ids=str)
+def test_a_relay_computes_what_a_walk_does(case: Case, request: pytest.FixtureRequest) -> None:
+    """The state is handed from launch to launch, and what is saved of it: the same bits."""
+    given, _ = arguments(case, make_inputs(case, torch.bfloat16), CPU, torch.bfloat16)
+    call = Call(*given, case.decay, None)
+    walked = CudaBackend().forward(call, True)
+    request.getfixturevalue("relayed")
+    assert all(map(torch.equal, CudaBackend().forward(call, True), walked))
 
 
 def test_strides_and_addresses_are_free() -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,7 +200,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 def test_a_launch(card: Driver) -> None:
     device = torch.device("cuda", 1)
     for _ in range(2):
-        launch.launch(FORWARD, MACROS, device, 12, (2**63, 0, 65))
+        launch.launch(FORWARD, MACROS, device, [(12, (2**63, 0, 65))])
     shared = FORWARD.shared_bytes(MACROS)
     started = ("launch", "function", 12, 1, 1, FORWARD.threads, 1, 1, shared, 42)
     assert card.told == [
@@ -217,16 +218,16 @@ def test_a_launch(card: Driver) -> None:
 
 def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
     device = torch.device("cuda", 0)
-    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
     card.context, card.told[:] = 0, []
-    launch.launch(FORWARD, MACROS, device, 1, (1, 2, 3))
+    launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
     assert [what[0] for what in card.told] == ["retain", "current", "launch"]
 
 
 def test_what_the_driver_refuses_is_said(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: b"bad")
     with pytest.raises(RuntimeError, match="loading wkv7_forward for sm_90a.*INVALID_IMAGE"):
-        launch.launch(FORWARD, MACROS, torch.device("cuda", 0), 1, (1, 2, 3))
+        launch.launch(FORWARD, MACROS, torch.device("cuda", 0), [(1, (1, 2, 3))])
 
 
 def call(
@@ -292,3 +293,26 @@ def test_an_nvrtc_of_another_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert compiler.why_not.__wrapped__("sm_90a") is None
     assert "does not know sm_100a" in str(compiler.why_not.__wrapped__("sm_100a"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "way"),
+    [
+        ((8, 4096, 64, 64), "walk"),
+        ((1, 200, 4, 64), "walk"),
+        ((8, 4096, 12, 64), "relay"),
+        ((1, 8192, 32, 64), "relay"),
+        ((1, 8192, 32, 128), "relay"),
+        ((1, 65536, 32, 64), "segments"),
+    ],
+)
+def test_how_calls_are_walked(sizes: tuple[int, ...], way: str) -> None:
+    """By shape and card; inside `batch_invariant()` and packed, one walk a sequence and head."""
+    card = plan.Card(132, 227 * 1024)
+    x = torch.empty(sizes, dtype=torch.bfloat16, device="meta")
+    call = Call(x, x, x, x, x, x, None, "logit", None)
+    slabs, tokens = plan.slabs(call, card), plan.segment(call, card)
+    assert (bool(slabs), tokens is not None) == (way == "relay", way == "segments")
+    assert not slabs or sum(slabs) == -(-sizes[1] // 64)
+    for other in (replace(call, invariant=True), replace(call, cu_seqlens=torch.tensor([0, 9]))):
+        assert not plan.slabs(other, card) and plan.segment(other, card) is None

@@ -6,6 +6,7 @@ from wkv7.cases import PACKED, Case, Place, devices, make_inputs, places
 
 import rwkv7
 from rwkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7 import unchecked
 from rwkv7.wkv7.registry import get_backend
 
 
@@ -127,6 +128,21 @@ def test_a_skipped_slot_changes_nothing(device: str) -> None:
     y = wkv7_step_(*inputs, pool, slots=torch.tensor([-1, 2], device=device))
     assert torch.equal(pool[:2], before[:2]) and not torch.equal(pool[2], before[2])
     assert not y[0].any() and y[1].any()
+
+
+def test_rows_that_follow_each_other_are_neither_copied_nor_other_in_any_bit() -> None:
+    inputs = [x[:, 0] for x in make_inputs(Case(T=1), torch.float32)[:6]]
+    pool = torch.randn(4, 2, 16, 16)
+    turned = pool.flip(0)
+    with unchecked(), torch.profiler.profile() as seen:
+        y = wkv7_step_(*inputs, pool, slots=torch.tensor([1, 2]))
+    names = [event.name for event in seen.events()]
+    assert "aten::addcmul_" in names
+    assert not [name for name in names if "index" in name]
+    assert torch.equal(wkv7_step_(*inputs, turned, slots=torch.tensor([2, 1])), y)
+    assert torch.equal(turned.flip(0), pool)
+    with unchecked(), pytest.raises((IndexError, RuntimeError)):
+        wkv7_step_(*inputs, pool, slots=torch.tensor([3, 4]))
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import torch
 from wkv7.cases import Case, Place, failures
 
 from rwkv7.wkv7 import wkv7_step_
+from rwkv7.wkv7.backends.cuda import plan
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +33,25 @@ def test_a_call(backend: str, case: Case, dtype: torch.dtype) -> None:
     if dtype not in place.dtypes(case):
         pytest.skip("not taken")
     assert not failures(case, place, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_relay_of_cuda(
+    size: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "FEWEST_CHUNKS", 2)
+    assert not failures(Case(T=200, B=1, H=1, **size), Place("cuda", "cuda"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_segments_of_cuda(
+    size: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(plan, "FEWEST_SEGMENTS", 4)
+    assert not failures(Case(T=200, B=1, H=1, **size), Place("cuda", "cuda"), dtype)
 
 
 @pytest.mark.parametrize("N", [64, 128])

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -38,7 +39,8 @@ _VERBS = {
     "doctor": "Say what this machine can run.",
 }
 
-USER_MISTAKES = (ValueError, TypeError, OSError, torch.OutOfMemoryError)
+USER_MISTAKES = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError)
+NO_MEMORY = "DefaultCPUAllocator"  # torch's error for it has no type of its own on a CPU
 MISTAKE = 2
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 GRACE = 10.0  # seconds that the first process has to tell of a mistake
@@ -153,6 +155,13 @@ def _ending_well(function: Callable[..., Any], developer: Callable[[], bool]) ->
             if developer():
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
+            raise typer.Exit(MISTAKE) from None
+        except RuntimeError as error:
+            if developer() or NO_MEMORY not in str(error):
+                raise
+            asked = re.search(r"allocate (\d+) bytes", str(error))
+            size = f" for {int(asked[1]):,} bytes" if asked else ""
+            print(f"error: memory: there is no room{size} on the CPU", file=sys.stderr)
             raise typer.Exit(MISTAKE) from None
 
     return _guarded

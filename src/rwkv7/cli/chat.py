@@ -60,6 +60,8 @@ def chat(
     """
     template_called(template)  # an unknown one is said before the model is read
     options.sampler()
+    if sys.stdin is None:
+        raise ValueError("chat: expected messages on stdin, found it closed")
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
     talk = _Talk(network, text, template, tokens, options)

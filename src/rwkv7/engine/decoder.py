@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from rwkv7.nn import RWKV7
 from rwkv7.wkv7 import batch_invariant, unchecked
 
+from .capture import captured, graph_memory
 from .pool import Pool
 
 # A product of 5 rows treats its last rows otherwise than its first, one of 16 treats all alike.
@@ -41,19 +41,18 @@ class Decoder:
         self._mode = batch_invariant if deterministic else contextlib.nullcontext
         self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
         self.widths: tuple[int, ...] = ()  # none: a call is as wide as its rows
-        captured = graphs and model.device.type == "cuda"
+        captures = graphs and model.device.type == "cuda"
         if deterministic:
             self.widths = (-(-pool.slots // ROW_MULTIPLE) * ROW_MULTIPLE,)
             if not self._rows_agree():
                 self.widths = (1,)
-        elif captured:
+        elif captures:
             self.widths = (*(w for w in _GRAPH_WIDTHS if w < pool.slots), pool.slots)
-        if captured:
-            # The widest first, whose memory the others share.
-            shared = torch.cuda.graph_pool_handle()
+        if captures:
+            memory = graph_memory()
             for width in reversed(self.widths):
                 rows = self._padding(width).to(model.device)
-                self._steps[width] = _captured(self._step, rows, shared)
+                self._steps[width] = captured(self._step, rows, memory)
 
     def __call__(self, tokens: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Logits [n, V] after one token each for n different slots; good until the next call."""
@@ -69,7 +68,7 @@ class Decoder:
         n = len(tokens)
         width = next((width for width in self.widths if width >= n), n)
         rows = self._padding(width)
-        rows[:, :n] = torch.tensor((tokens, slots))
+        rows.numpy()[:, :n] = tokens, slots  # torch.tensor takes several times as long
         return self._steps.get(width, self._step)(rows)[:n]
 
     def _padding(self, width: int) -> Tensor:
@@ -93,27 +92,3 @@ class Decoder:
             agree &= bool((logits == logits[:1]).all())
         self._pool.clear(slots)
         return agree
-
-
-def _captured(
-    step: Callable[[Tensor], Tensor], rows: Tensor, shared: Any
-) -> Callable[[Tensor], Tensor]:
-    """`step` as a CUDA graph that reads `rows`; its result is overwritten by the next call."""
-    with torch.cuda.device(rows.device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what is compiled or set up by a first call cannot be captured
-                step(rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=shared):
-            logits = step(rows)
-
-    def replay(given: Tensor) -> Tensor:
-        with torch.cuda.device(rows.device):
-            rows.copy_(given, non_blocking=True)
-            graph.replay()
-        return logits
-
-    return replay

@@ -51,7 +51,7 @@ class Engine:
         max_prefill_tokens: how many tokens of prompts are read between two decoding steps.
         deterministic: the same ids and log-probabilities, bit for bit, whatever else runs, on one
             machine with the same `slots` and `max_prefill_tokens`; slower where few requests run.
-        cuda_graphs: None captures decoding where the model is on a GPU; False never does.
+        cuda_graphs: None captures decoding and reading where the model is on a GPU; False does not.
         cache: keeps states of prompts' beginnings, for requests without a state of their own.
         decode: the bytes of ids, such as a tokenizer's `decode_bytes`, for text and stop strings.
             A sample at whose id it fails ends with an error.
@@ -81,8 +81,11 @@ class Engine:
         )
         with torch.no_grad():
             self._pool = Pool(model.config, slots, model.dtype, model.device)
-            self._decoder = Decoder(model, self._pool, deterministic, cuda_graphs is not False)
-        self._prefill = Prefill(model, self._pool, max_prefill_tokens, deterministic, cache)
+            graphs = cuda_graphs is not False
+            self._decoder = Decoder(model, self._pool, deterministic, graphs)
+            self._prefill = Prefill(
+                model, self._pool, max_prefill_tokens, deterministic, cache, graphs
+            )
         self._waiting: deque[Job] = deque()
         self._reading: list[Job] = []
         self._running: list[Sample] = []
@@ -263,7 +266,7 @@ class Engine:
             self._waiting.popleft()
 
     def _read(self) -> None:
-        if not self._reading:
+        if not self._reading or not self._prefill.pays(self._reading, len(self._running)):
             return
         self._prefill.read(self._reading)
         for job in [job for job in self._reading if job.is_read]:

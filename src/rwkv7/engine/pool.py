@@ -58,12 +58,12 @@ class Pool:
         self._wkv.index_fill_(1, index, 0)
         self._shifts.index_fill_(2, index, 0)
 
-    def read(self, slots: Sequence[int]) -> ModelState:
+    def read(self, slots: Sequence[int] | Tensor) -> ModelState:
         """A copy of the states in `slots`, one row each."""
         index = self._index(slots)
         return _layers(self._wkv.index_select(1, index), self._shifts.index_select(2, index))
 
-    def write(self, slots: Sequence[int], state: ModelState) -> None:
+    def write(self, slots: Sequence[int] | Tensor, state: ModelState) -> None:
         """Put row i of `state`, on any device, into the i-th of `slots`."""
         index, layers = self._index(slots), state.layers
         self._wkv.index_copy_(1, index, torch.stack([x.wkv for x in layers]).to(self._wkv))
@@ -77,8 +77,8 @@ class Pool:
             self._wkv[:, target].copy_(self._wkv[:, source])
             self._shifts[:, :, target].copy_(self._shifts[:, :, source])
 
-    def _index(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, dtype=torch.int64).to(self._wkv.device)
+    def _index(self, slots: Sequence[int] | Tensor) -> Tensor:
+        return torch.as_tensor(slots, dtype=torch.int64).to(self._wkv.device)
 
 
 def _layers(wkv: Tensor, shifts: Tensor) -> ModelState:

@@ -39,7 +39,8 @@ class StateStore:
         """Keep a session under `name`, in place of what was there.
 
         Raises:
-            ValueError: a name that is empty or too long, or a session of other weights.
+            ValueError, TypeError: a name that is empty, too long or no text, or a session of other
+                weights.
             OSError: a full disk and its like; what was there before is still whole.
         """
         if session.weights not in (None, self._weights):
@@ -80,6 +81,8 @@ class StateStore:
         return sum(1 for _ in self)
 
     def _path(self, name: str) -> Path:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a text, found {name!r:.60}")
         # Everything but small letters, digits, - and _ is written as %xx: names that differ in
         # case alone stay two files where the file system knows no case.
         encoded = re.sub(

@@ -19,7 +19,17 @@ from rwkv7.state import LayerState, ModelState
 from .again import again, recomputing
 from .before import Before
 from .channel_mix import ChannelMix
-from .fused import Norm, channel_mix_of_one_, runs_single, time_mix_of_one_
+from .fused import (
+    ChannelMixWeights,
+    Norm,
+    Stream,
+    TimeMixWeights,
+    channel_mix_of_one_,
+    channel_mix_of_rows_,
+    runs_layers,
+    time_mix_of_one_,
+    time_mix_of_rows_,
+)
 from .init import initialise_
 from .linear import Linear
 from .time_mix import TimeMix
@@ -79,22 +89,40 @@ class Block(nn.Module):
         return (self.ln2(x),)
 
     def step_(
-        self, x: Tensor, v_first: Tensor | None, pool: LayerState, slots: Slots
-    ) -> tuple[Tensor, Tensor]:
-        """(x [B, 1, C], layer 0's value) for one token a sequence; rows of `pool` change."""
+        self, stream: Stream, v_first: Tensor | None, pool: LayerState, slots: Slots
+    ) -> tuple[Stream, Tensor]:
+        """(the stream [B, 1, C], layer 0's value) for one token each; rows of `pool` change."""
         if self.ln0 is not None:
-            x = self.ln0(x)
-        if runs_single(x, *pool):
+            stream = Stream(self.ln0(stream.total()))
+        if runs_layers(stream.x, *pool):
             time, channel = self.att.weights_of_step(), self.ffn.weights_of_step()
             if time is not None and channel is not None:
-                x, v_first = time_mix_of_one_(
-                    x, v_first, _norm(self.ln1), time, pool.time_shift, pool.wkv, slots.wkv
-                )
-                norm = _norm(self.ln2)
-                return channel_mix_of_one_(x, norm, channel, pool.channel_shift, slots.wkv), v_first
+                return self._layer_(stream, v_first, pool, slots.wkv, time, channel)
+        x = stream.total()
         out, v_first = self.att.step_(self.ln1(x), v_first, pool.time_shift, pool.wkv, slots)
         x = x + out
-        return x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots), v_first
+        return Stream(x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots)), v_first
+
+    def _layer_(
+        self,
+        stream: Stream,
+        v_first: Tensor | None,
+        pool: LayerState,
+        slots: Tensor,
+        time: TimeMixWeights,
+        channel: ChannelMixWeights,
+    ) -> tuple[Stream, Tensor]:
+        """`step_` by the kernels that take a layer's weights whole."""
+        first, second = _norm(self.ln1), _norm(self.ln2)
+        if stream.x.shape[0] > 1:
+            stream, v_first = time_mix_of_rows_(
+                stream, v_first, first, time, pool.time_shift, pool.wkv, slots
+            )
+            return channel_mix_of_rows_(stream, second, channel, pool.channel_shift, slots), v_first
+        x, v_first = time_mix_of_one_(
+            stream.total(), v_first, first, time, pool.time_shift, pool.wkv, slots
+        )
+        return Stream(channel_mix_of_one_(x, second, channel, pool.channel_shift, slots)), v_first
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -263,11 +291,11 @@ class RWKV7(nn.Module):
         self._check_tokens(tokens[:, None])
         pool.check(self.config, pool.batch, self.dtype, self.device)
         chosen = slots_of(slots, tokens, pool.batch)
-        x, v_first = self._embed(tokens)[:, None], None
+        stream, v_first = Stream(self._embed(tokens)[:, None]), None
         blocks = cast("Iterable[Block]", self.blocks)  # a ModuleList does not say what it holds
         for block, layer in zip(blocks, pool.layers, strict=True):
-            x, v_first = block.step_(x, v_first, layer, chosen)
-        return self.head(self.ln_out(x))[:, 0]
+            stream, v_first = block.step_(stream, v_first, layer, chosen)
+        return self.head(self.ln_out(stream.total()))[:, 0]
 
     def compile_step(self, backend: str = "inductor") -> None:
         """Have `step_` compiled block by block from now on: fewer launches of fewer bytes.

@@ -214,13 +214,24 @@ def _settings(samplers: Sequence[Sampler]) -> np.ndarray:
 def _penalised(logits: Tensor, samplers: Sequence[Sampler], device: torch.device) -> Tensor:
     """Logits on the device, less what their tokens' pasts take off: then in float32."""
     z = logits.detach().to(device)
-    pasts = [(row, s.penalties()) for row, s in enumerate(samplers) if s.presence or s.frequency]
-    if not sum(len(tokens) for _, (tokens, _) in pasts):
+    pasts = [(row, s) for row, s in enumerate(samplers) if s.seen and (s.presence or s.frequency)]
+    if not pasts:
         return z
     V = logits.shape[1]
-    places = np.concatenate([row * V + tokens for row, (tokens, _) in pasts])
-    # A float64 holds every place exactly, so that both travel as one array.
-    both = _upload(np.stack([places, np.concatenate([taken for _, (_, taken) in pasts])]), device)
+    numbers = [(row * V, s.presence, s.frequency) for row, s in pasts]
+    sizes = [s.seen for _, s in pasts]
+    first, presence, frequency = np.repeat(np.array(numbers).T, sizes, axis=1)
+    # A float64 holds every place exactly, so that places and what is taken travel as one array.
+    both = torch.empty(2, sum(sizes), dtype=torch.float64, pin_memory=device.type == "cuda")
+    places, taken = both.numpy()
+    start = 0
+    for size, (_, sampler) in zip(sizes, pasts, strict=True):
+        sampler.past(places[start : start + size], taken[start : start + size])
+        start += size
+    places += first
+    taken *= frequency
+    taken += presence
+    both = both.to(device, non_blocking=True)
     # Every place is there once, so that the order of the additions does not matter.
     flat = z.float().flatten().index_add(0, both[0].long(), both[1].float(), alpha=-1)
     return flat.view_as(z)

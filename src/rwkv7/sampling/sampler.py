@@ -130,6 +130,7 @@ class Sampler:
     def forget(self) -> None:
         """Drop all counts, as at the start of a new text; settings and random numbers stay."""
         self._places: dict[int, int] = {}
+        self._largest = -1  # of the ids in it
         self._tokens, self._counts = np.empty(8, np.int64), np.empty(8)
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,17 +164,21 @@ class Sampler:
 
     def check(self, vocabulary: int) -> None:
         """ValueError when it has drawn a token that is not among `vocabulary` ids."""
-        seen = self._tokens[: len(self._places)]
-        if len(seen) and not 0 <= int(seen.max()) < vocabulary:
+        if self._largest >= vocabulary:
             raise ValueError(
                 f"sampler: expected draws from a vocabulary of {vocabulary}, found the token "
-                f"{int(seen.max())} among its own; it belongs to another model"
+                f"{self._largest} among its own; it belongs to another model"
             )
 
-    def penalties(self) -> tuple[np.ndarray, np.ndarray]:
-        """The ids drawn before, int64, and what to take off the logit of each, float64."""
-        n = len(self._places)
-        return self._tokens[:n], self.presence + self.frequency * self._counts[:n]
+    @property
+    def seen(self) -> int:
+        """How many different ids are counted."""
+        return len(self._places)
+
+    def past(self, tokens: np.ndarray, counts: np.ndarray) -> None:
+        """Fill both, [seen] each, with the ids drawn before and their counts."""
+        tokens[:] = self._tokens[: len(tokens)]
+        counts[:] = self._counts[: len(counts)]
 
     def uniform(self) -> float:
         """The number from [0, 1) that the next draw uses; it stays the same until `accept`."""
@@ -204,6 +209,7 @@ class Sampler:
                 self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
                 self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
             self._tokens[place], self._counts[place] = token, 0.0
+            self._largest = max(self._largest, token)
         return self._places[token]
 
 

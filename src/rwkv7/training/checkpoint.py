@@ -32,7 +32,14 @@ from .optim import make_optimizer
 from .settings import TrainSettings
 from .tuning import Base, Tuning, make_tuning, reopen_base, weights_dtype
 
-__all__ = ["Checkpoint", "in_order", "load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "in_order",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "newest_trouble",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 KEPT = 2  # the newest, and one before it should the newest be damaged
@@ -112,21 +119,51 @@ def save_checkpoint(
 def newest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest whole checkpoint of the run, or None. Damaged and unfinished ones do not count."""
     for step, path in sorted(_folders(run), reverse=True):
-        # What a wrong training.json raises depends on where it is wrong; none stops the search.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            training = json_object((path / TRAINING).read_bytes())
-            if training["format"] != FORMAT:
-                raise ValueError(f"{path}: format {training['format']}, expected {FORMAT}")
-            sizes, writer = dict(training["bytes"]), dict(training["machine"])
-            whole = OPTIMIZER in sizes and len(sizes) > 1
-            if whole and all((path / name).stat().st_size == sizes[name] for name in sizes):
-                settings = TrainSettings.from_dict(training["settings"])
-                origin = training.get("base")
-                base = None if origin is None else Base.from_dict(origin)
-                return Checkpoint(
-                    path=path, step=step, settings=settings, machine=writer, base=base
-                )
+        with contextlib.suppress(*_UNUSABLE):
+            return _opened(path, step)
     return None
+
+
+def newest_trouble(run: Path) -> str | None:
+    """What keeps the run's newest checkpoint from being used, in words; None where nothing does,
+    or there is none."""
+    for step, path in sorted(_folders(run), reverse=True):
+        try:
+            _opened(path, step)
+        except KeyError as error:
+            return f"{path.name} cannot be used: {TRAINING} does not say {error}"
+        except _UNUSABLE as error:
+            return f"{path.name} cannot be used: {_reason(error)}"
+        return None
+    return None
+
+
+# What a wrong training.json raises depends on where it is wrong; none stops the search.
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _opened(path: Path, step: int) -> Checkpoint:
+    """The checkpoint in the folder; raises one of `_UNUSABLE` for one that is not to be used."""
+    training = json_object((path / TRAINING).read_bytes())
+    if training["format"] != FORMAT:
+        raise ValueError(f"its format is {training['format']}, expected {FORMAT}")
+    sizes, writer = dict(training["bytes"]), dict(training["machine"])
+    if OPTIMIZER not in sizes or len(sizes) == 1:
+        raise ValueError(f"{TRAINING} does not name the files of a checkpoint")
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{name} has {found} bytes, expected {size}: it is damaged")
+    try:
+        settings = TrainSettings.from_dict(training["settings"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"its settings are not those of this version of rwkv7 ({error}); the version that "
+            "wrote them can go on"
+        ) from error
+    origin = training.get("base")
+    base = None if origin is None else Base.from_dict(origin)
+    return Checkpoint(path=path, step=step, settings=settings, machine=writer, base=base)
 
 
 def load_checkpoint(
@@ -233,4 +270,7 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{Path(error.filename).name}: " if error.filename else ""
+        return name + error.strerror
+    return str(error)

@@ -28,6 +28,7 @@ from .checkpoint import (
     load_checkpoint,
     machine,
     newest_checkpoint,
+    newest_trouble,
 )
 from .data import (
     BadRecords,
@@ -52,7 +53,7 @@ from .sources import make_order
 from .together.processes import Crew
 from .together.team import Team, check_team, join_checkpoint, weights_place
 from .tuning import Tuning, make_tuning, open_base, weights_dtype
-from .watch.plan import Plan, make_plan
+from .watch.plan import Plan, check_model_fits, check_step_fits, make_plan
 from .watch.report import Report, ReportToAll
 
 __all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
@@ -197,17 +198,17 @@ def resume_training(
     """
     crew = Crew()
     own = crew.together(lambda: choose_device(device))
-    nothing = f"{out}: there is no whole checkpoint to go on from; begin a new run"
 
     def check() -> None:
         if not out.is_dir():
-            raise ValueError(nothing)
+            raise ValueError(f"{out}: there is no such folder, so no run to go on with")
         _check_save(save)
 
     def load() -> tuple[TrainSettings, TokenData | ChatData, Checkpoint, Tuning, AdamW]:
         checkpoint = newest_checkpoint(out)
         if checkpoint is None:
-            raise ValueError(nothing)
+            nothing = "there is no whole checkpoint to go on from; begin a new run"
+            raise ValueError(f"{out}: {newest_trouble(out) or nothing}")
         settings = resumed_settings(checkpoint.settings, changes or {})
         check_team(settings, crew.size)
         data = (open_chat if settings.chat else open_data)(out / "data")
@@ -223,6 +224,8 @@ def resume_training(
         team = Team(crew, settings, own, tuning, optimizer)
         heard = crew.together(lambda: _heard(crew, report, settings, out))
         _note_differences(checkpoint, tuning.model, heard)
+        if trouble := newest_trouble(out):
+            heard.note(f"goes on from step {checkpoint.step}: {trouble}")
         run = crew.together(lambda: Run(out, settings, data, tuning, team, checkpoint.step))
         return _finish(run, heard, on_step, save)
 
@@ -251,6 +254,7 @@ class _Beginning:
 
         def check() -> Text | None:
             _check_save(save)
+            check_model_fits(settings, self.parameters, self.device)
             return find_text([held_out_file]) if held_out_file else None
 
         def prepare(held_out_text: Text | None) -> TokenData | ChatData:
@@ -264,6 +268,10 @@ class _Beginning:
         def make() -> tuple[TokenData | ChatData, Tuning, AdamW]:
             data = prepared or (open_chat if settings.chat else open_data)(out / "data")
             tuning = self.make()
+            most = settings.batch * (settings.sequence or settings.window)
+            if isinstance(data, ChatData):  # which goes through each conversation once
+                most = min(most, len(data.documents.tokens.tokens))
+            check_step_fits(tuning, settings, self.device, most, crew.size)
             return data, tuning, make_optimizer(tuning.trained, settings)
 
         held_out_text = crew.on_first(check)

@@ -38,10 +38,9 @@ _GENERATIONS = (
         ("ffn.s_emb",),
         "it would need a gate in channel mix from an embedding of the token (s_emb, s0, s1, s2)",
     ),
-    _Generation(
-        "RWKV-8 ROSA",
-        ("rosa",),
-        "it would need a suffix automaton in every layer",
+    *(
+        _Generation("RWKV-8 ROSA", (part,), "it would need a suffix automaton in every layer")
+        for part in ("rosa", "x_q")  # its layers' name; their mix, in scripts that name them else
     ),
     _Generation(
         "RWKV-6",

@@ -114,10 +114,17 @@ def select(call: Call, name: str | None) -> Backend:
 def select_step(r: Tensor, v: Tensor, state: Tensor) -> StepBackend | None:
     """The first backend with a step kernel that takes these tensors, or None: plain torch then."""
     for name in _TABLE:
-        backend = get_backend(name)
-        if isinstance(backend, StepBackend) and backend.refuses_step(r, v, state) is None:
+        backend = _step_backend(name)
+        if backend is not None and backend.refuses_step(r, v, state) is None:
             return backend
     return None
+
+
+@functools.cache
+def _step_backend(name: str) -> StepBackend | None:
+    # Kept: to ask whether an object has a protocol takes Python longer than a small step's sums.
+    backend = get_backend(name)
+    return backend if isinstance(backend, StepBackend) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,17 +116,16 @@ def _advance(
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()
+    if slots is not None and (first := _first_of_run(slots)) is not None:
+        state, slots = state.narrow(0, first, len(slots)), None
     # A skipped row reads row 0 and writes nothing back. Products and sums are elementwise: for
     # matrices this small they are faster than matrix products, and autocast leaves them alone.
-    rows = None if slots is None else slots.clamp(min=0)
-    S = state if rows is None else state[rows]
+    S = state if slots is None else state.index_select(0, slots.clamp(min=0))
     Sa = (S * a[:, :, None, :]).sum(-1, keepdim=True)
-    S = S * d[:, :, None, :]
+    S.mul_(d[:, :, None, :])
     S.addcmul_(Sa, b[:, :, None, :]).addcmul_(v[..., None], k[:, :, None, :])
     y = (S * r[:, :, None, :]).sum(-1)
-    if slots is None:
-        state.copy_(S)
-    else:
+    if slots is not None:
         used = slots >= 0
         state.index_copy_(0, slots[used].long(), S[used])
         y = torch.where(used[:, None, None], y, 0.0)
@@ -149,6 +148,17 @@ def _(
     slots: Tensor | None,
 ) -> Tensor:
     return v.new_empty(v.shape)
+
+
+def _first_of_run(slots: Tensor) -> int | None:
+    """Where rows that follow each other begin: a view of the pool, so that nothing is copied.
+
+    None for other rows, and on a GPU, which would have to be waited for.
+    """
+    if slots.device.type != "cpu" or not len(slots):
+        return None
+    rows = slots.tolist()
+    return rows[0] if rows[0] >= 0 and rows == [*range(rows[0], rows[0] + len(rows))] else None
 
 
 def _check_slots(slots: Tensor, pool: int) -> None:

@@ -6,11 +6,11 @@ from random_model import SMALL, error, random_model, random_state, random_tokens
 from triton_interpreter import load
 
 from rwkv7 import ModelConfig
-from rwkv7.nn.fused import use_fused
+from rwkv7.nn.fused import Stream, use_fused
 from rwkv7.nn.token_shift import slots_of
 from rwkv7.wkv7 import checks, unchecked
 
-load("rwkv7.nn.fused.kernels", "step", "single", "elements")
+load("rwkv7.nn.fused.kernels", "step", "single", "rows", "elements")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 LARGER = ModelConfig(
@@ -67,7 +67,7 @@ def test_it_steps_aside_for_checks(monkeypatch):
     def refused(*_):
         raise AssertionError
 
-    for name in ("step._time_mix_step_", "step._mix_in_pool_", "single._norm_mix"):
+    for name in ("step._time_mix_step_", "step._mix_in_pool_", "single.norm_mix", "rows.norm_mix"):
         monkeypatch.setattr(f"rwkv7.nn.fused.{name}", refused)
     with use_fused(True), checks():
         model, pool = random_model(dtype=torch.float32), random_state(SMALL, 2, torch.float32)
@@ -91,13 +91,14 @@ def test_one_row_in_pieces(config, along, monkeypatch):
         assert error(x, e) < 1e-5
 
 
-def test_one_row_of_a_model_with_more_than_weights(monkeypatch):
+@pytest.mark.parametrize("slots", [[3], [2, 0]], ids=["one", "rows"])
+def test_rows_of_a_model_with_more_than_weights(slots):
     """A hook stands for an adapter: what it adds is not passed by."""
     model = random_model(dtype=torch.float32)
     model.blocks[1].ffn.key.register_forward_hook(lambda module, given, y: y + 1)
     model.blocks[2].att.output.register_forward_hook(lambda module, given, y: y + 1)
-    found, _ = steps(SMALL, torch.float32, [3], fused=True, model=model)
-    expected, _ = steps(SMALL, torch.float32, [3], fused=False, model=model)
+    found, _ = steps(SMALL, torch.float32, slots, fused=True, model=model)
+    expected, _ = steps(SMALL, torch.float32, slots, fused=False, model=model)
     assert error(found, expected) < 1e-5
 
 
@@ -124,4 +125,4 @@ def test_opcheck(layer, monkeypatch):
     state, x = random_state(SMALL, 3, torch.float32).layers[0], torch.randn(2, 1, SMALL.width)
     slots = slots_of(torch.tensor([2, 0]), torch.zeros(2), 3)
     with use_fused(True), unchecked(), torch.no_grad():
-        block.step_(x, x if layer else None, state, slots)
+        block.step_(Stream(x), x if layer else None, state, slots)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rwkv7.benchmark.clock import peak_mib
-from rwkv7.training import TrainSettings, plan_training
+from rwkv7.training import TrainResult, TrainSettings, plan_training, train_model
 from rwkv7.training.runs import _new_model, find_text
 from rwkv7.training.step import step_gradients
 from rwkv7.training.watch import plan as planned
+from rwkv7.training.watch.log import read_log
 
 CPU = torch.device("cpu")
 SIZES = {"layers": 2, "width": 32, "head_size": 16, "window": 64, "batch": 4, "dtype": "fp32"}
@@ -92,3 +93,46 @@ def test_what_is_not_known_is_said_in_words() -> None:
     assert plan.lines()[-1].endswith("the memory that is free")
     packed = dataclasses.replace(plan, packed=True)
     assert packed.lines()[2] == "tokens       at most 7 in 1 steps of 7"
+
+
+@pytest.mark.parametrize("how", LESS)
+def test_a_run_is_refused_for_a_step_that_has_no_room_and_for_no_other(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    settings = TrainSettings(**{**SIZES, **LESS[how], "batch": 64, "steps": 1})
+    run, need = tmp_path / "run", really(settings, text)
+
+    def begin(free: float) -> TrainResult:
+        monkeypatch.setattr(planned, "free_memory", lambda device: round(free))
+        return train_model(settings, [text], run, device=CPU, on_step=lambda _: True)
+
+    with pytest.raises(ValueError, match="batch: a step of 64 takes about .* are free: use a smal"):
+        begin(need / 2)
+    assert not run.exists()
+    assert begin(1.2 * need).step == 1
+
+
+def test_what_surely_fits_is_not_tried(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "_beyond", lambda *_: pytest.fail("tried"))
+    settings = TrainSettings(**SIZES, steps=1)
+    train_model(settings, [text], tmp_path / "run", device=CPU, on_step=lambda _: True)
+
+
+def test_asking_for_room_changes_no_weight(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, norms = TrainSettings(**SIZES, steps=2), []
+    for most in (planned.MOST_KEPT, 10**12):
+        monkeypatch.setattr(planned, "MOST_KEPT", most)
+        train_model(settings, [text], tmp_path / str(most), device=CPU)
+        norms.append([x["grad_norm"] for x in read_log(tmp_path / str(most) / "log.jsonl")[:2]])
+    assert norms[0] == norms[1]
+
+
+def test_a_model_without_room_is_refused_before_it_is_made(tmp_path: Path, text: Path) -> None:
+    settings = TrainSettings(**{**SIZES, "width": 16 * 40_000})
+    with pytest.raises(ValueError, match="memory: training .* parameters takes at least"):
+        train_model(settings, [text], tmp_path / "run", device=CPU)
+    assert not (tmp_path / "run").exists()

@@ -39,6 +39,10 @@ static inline int warp_id() { return current / LANES; }
 static inline void sync_warp() { wait(warp_barrier[warp_id()], LANES); }
 static inline void sync_block() { wait(block_barrier, block_threads); }
 static inline void sync_group(int barrier, int threads) { wait(group_barrier[barrier], threads); }
+static inline void arrive_group(int barrier, int threads) {
+    Barrier& b = group_barrier[barrier];
+    if (++b.waiting == threads) { b.waiting = 0; b.turn++; }
+}
 
 static inline u32 bits_of(float x) { u32 r; memcpy(&r, &x, 4); return r; }
 static inline float from_bits(u32 x) { float r; memcpy(&r, &x, 4); return r; }
@@ -74,6 +78,10 @@ static inline float shuffle_from(float x, int lane) {
     exchange_f[current] = x; sync_warp();
     float r = exchange_f[warp_id() * LANES + lane]; sync_warp();
     return r;
+}
+static inline float warp_max(float x) {
+    for (int mask = 16; mask; mask >>= 1) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
 }
 static inline bool warp_any(bool x) {
     for (int mask = 16; mask; mask >>= 1) x |= shuffle_xor(x, mask) != 0;
@@ -142,6 +150,9 @@ static inline void copy_16(void* to, const void* from, bool valid) {
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
 }
 static inline void copies_done() {}
+static inline void end_batch() {}
+template <int PENDING>
+static inline void batches_done() {}
 
 static void enter() { body(); fibers[current].done = true; yield(); }
 // One block; the caller sets `body` and blockIdx. Shared memory starts as NaN, as if never written.

@@ -9,13 +9,14 @@ from .keys import key_operands
 from .launch import use_fused
 from .logits import IGNORED, loss_to_gradient_
 from .output import gated_output
+from .rows import Stream, channel_mix_of_rows_, time_mix_of_rows_
 from .shift import shifted_mixes
 from .single import (
     ChannelMixWeights,
     Norm,
     TimeMixWeights,
     channel_mix_of_one_,
-    runs_single,
+    runs_layers,
     time_mix_of_one_,
 )
 from .step import (
@@ -33,18 +34,21 @@ __all__ = [
     "Norm",
     "Projections",
     "StepParameters",
+    "Stream",
     "TimeMixWeights",
     "channel_mix_of_one_",
+    "channel_mix_of_rows_",
     "gated_output",
     "key_operands",
     "loss_to_gradient_",
     "mixed_in_pool_",
     "mixed_value",
     "runs_fused_step",
-    "runs_single",
+    "runs_layers",
     "shifted_mixes",
     "squared_relu",
     "time_mix_of_one_",
+    "time_mix_of_rows_",
     "time_mix_step_",
     "use_fused",
 ]

@@ -38,9 +38,11 @@ def use_fused(wanted: bool) -> Iterator[None]:
 
 def runs_fused(*tensors: Tensor) -> bool:
     """Whether a call on these tensors is the kernels' or plain torch's."""
-    if _wanted is False or any(x.dtype not in _DTYPES for x in tensors):
+    # On a CPU this is asked some thirty times a layer, so that the quickest answer comes first.
+    if not (_INSTALLED and tensors[0].is_cuda if _wanted is None else _wanted):
         return False
-    return _wanted is True or (_INSTALLED and tensors[0].is_cuda and _is_recent(tensors[0]))
+    fit = all(x.dtype in _DTYPES for x in tensors)
+    return fit and (_wanted is True or _is_recent(tensors[0]))
 
 
 def _is_recent(x: Tensor) -> bool:
@@ -55,15 +57,20 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def power_of_two(size: int) -> int:
+    """The least one that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def head_tile(head_size: int) -> dict[str, int]:
     """The sizes of a tile of tokens x one head's channels, as the kernels take them."""
-    channels = 1 << (head_size - 1).bit_length()
+    channels = power_of_two(head_size)
     return {"N": head_size, "BT": max(1, TILE // channels), "BN": channels}
 
 
 def channel_block(channels: int) -> int:
     """Channels a program takes of a vector [C]: a power of two, 256 at most."""
-    return min(256, 1 << (channels - 1).bit_length())
+    return min(256, power_of_two(channels))
 
 
 def rows_apiece(rows: int, few: int, many: int) -> int:

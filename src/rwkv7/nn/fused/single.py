@@ -2,7 +2,7 @@
 
 One row against a matrix is as fast as memory gives the matrix, if nothing stands between one
 product and the next. So everything else is done inside the products' launches, and a launch asks
-for its weights before the one in front has ended. More rows are `step`'s and the matrix library's.
+for its weights before the one in front has ended. Many sequences are those of `rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from rwkv7.wkv7 import DECAY_SCALE, checks_wanted
 
 from .keys import KEY_NORM_EPS
-from .launch import on_device_of, runs_fused
+from .launch import on_device_of, power_of_two, runs_fused
 from .step import LARGEST_HEAD, StepParameters
 
 # Sizes of a program, measured on an H100 (`benchmarks/engine.py bounds`): rows of a matrix and how
@@ -57,13 +57,13 @@ class ChannelMixWeights(NamedTuple):
     value: Tensor
 
 
-def runs_single(x: Tensor, *pools: Tensor) -> bool:
-    """Whether `time_mix_of_one_` and `channel_mix_of_one_` take x [B, 1, C] and these pools.
+def runs_layers(x: Tensor, *pools: Tensor) -> bool:
+    """Whether whole layers of a step take x [B, 1, C] and these pools, here or in `rows`.
 
     Not inside `checks()`, under autocast or in a trace.
     """
     return (
-        x.shape[0] == 1
+        x.shape[0] > 0
         and runs_fused(x, *pools)
         and type(x) is Tensor
         and all(pool.is_contiguous() for pool in pools)
@@ -91,20 +91,20 @@ def time_mix_of_one_(
     ranks = tuple(low.shape[1] for low in weights.lows)
     pdl = _begins_early(x)
     with on_device_of(x):
-        mixed = _norm_mix(x, norm, weights.mixes, shift, slots, pdl)
+        x, mixed = norm_mix(x, None, norm, weights.mixes, shift, slots)
         rkv = x.new_empty(3, 1, 1, C)
         hidden = x.new_empty(sum(ranks), dtype=torch.float32)
         programs = sum(-(-rank // _COLUMNS) for rank in ranks) + 3 * -(-C // _ROWS)
         projections[(programs,)](
             mixed, weights.rkv, weights.lows, rkv, hidden, RANKS=ranks, C=C,
-            BD=_COLUMNS, BC=_DOWN, BR=_ROWS, BK=min(_ALONG, _power_of_two(C)), **pdl,
+            BD=_COLUMNS, BC=_DOWN, BR=_ROWS, BK=min(_ALONG, power_of_two(C)), **pdl,
         )  # fmt: skip
-        out, v = torch.empty_like(x), weights.vectors
+        out = torch.empty_like(x)
         head[(H,)](
-            rkv, hidden, weights.highs, v_first, v.w0, v.a0, v.v0, v.k_k, v.k_a, v.r_k, v.weight,
-            v.bias, state, slots, out, weights.eps, RANKS=ranks,
-            TILES=tuple(max(16, _power_of_two(rank)) for rank in ranks), DECAY_SCALE=DECAY_SCALE,
-            KEY_EPS=KEY_NORM_EPS, C=C, N=N, BN=max(16, _power_of_two(N)), **pdl,
+            rkv, hidden, weights.highs, v_first, tuple(weights.vectors), state, slots, out,
+            weights.eps, RANKS=ranks,
+            TILES=tuple(max(16, power_of_two(rank)) for rank in ranks), DECAY_SCALE=DECAY_SCALE,
+            KEY_EPS=KEY_NORM_EPS, C=C, N=N, BN=max(16, power_of_two(N)), **pdl,
         )  # fmt: skip
         x = _product(out, weights.output, x, pdl)
     return x, rkv[2] if v_first is None else v_first
@@ -120,24 +120,39 @@ def channel_mix_of_one_(
     """x + ChannelMix(norm(x)), [1, 1, C]; a row of the pool `shift` changes."""
     pdl = _begins_early(x)
     with on_device_of(x):
-        mixed = _norm_mix(x, norm, (weights.mix,), shift, slots, pdl)
+        x, mixed = norm_mix(x, None, norm, (weights.mix,), shift, slots)
         hidden = _product(mixed, weights.key, None, pdl)
         return _product(hidden, weights.value, x, pdl)
 
 
-def _norm_mix(
-    x: Tensor, norm: Norm, mixes: tuple[Tensor, ...], shift: Tensor, slots: Tensor, pdl: Any
-) -> Tensor:
-    from .kernels.single import norm_mix
+def norm_mix(
+    x: Tensor,  # [B, 1, C]
+    added: Tensor | None,  # [B, 1, C]
+    norm: Norm,
+    mixes: tuple[Tensor, ...],  # each [C]
+    shift: Tensor,  # [P, C]
+    slots: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """(x + added, [len(mixes), B, 1, C]: n + (before - n) m for each m, n the norm of that).
 
-    C = x.shape[-1]
-    mixed = x.new_empty(len(mixes), 1, 1, C)
-    block = min(_CHANNELS, _power_of_two(C))
-    norm_mix[(-(-C // block),)](
-        x, norm.weight, norm.bias, shift, slots, mixes, mixed, norm.eps,
-        C=C, WHOLE=_power_of_two(C), BC=block, **pdl,
-    )  # fmt: skip
-    return mixed
+    `before` are rows of the pool `shift`, whose place n takes.
+    """
+    from .kernels.single import norm_mix as kernel
+
+    B, _, C = x.shape
+    whole = power_of_two(C)
+    # Where rows are few, several programs share one.
+    block = min(_CHANNELS, whole) if B == 1 else whole
+    mixed = x.new_empty(len(mixes), B, 1, C)
+    total = None if added is None else torch.empty_like(x)
+    warps = max(4, min(16, whole // 256))
+    how = _begins_early(x) if B == 1 else {"PDL": False, "num_warps": warps}
+    with on_device_of(x):
+        kernel[(-(-C // block), B)](
+            x.contiguous(), added, total, norm.weight, norm.bias, shift, slots, mixes, mixed, B,
+            norm.eps, C=C, WHOLE=whole, BC=block, **how,
+        )  # fmt: skip
+    return x if total is None else total, mixed
 
 
 def _product(x: Tensor, matrix: Tensor, residual: Tensor | None, pdl: Any) -> Tensor:
@@ -148,7 +163,7 @@ def _product(x: Tensor, matrix: Tensor, residual: Tensor | None, pdl: Any) -> Te
     y = x.new_empty(1, 1, rows)
     row_product[(-(-rows // _ROWS),)](
         x, matrix, residual, y,
-        ROWS=rows, K=K, BR=_ROWS, BK=min(_ALONG, _power_of_two(K)), **pdl,
+        ROWS=rows, K=K, BR=_ROWS, BK=min(_ALONG, power_of_two(K)), **pdl,
     )  # fmt: skip
     return y
 
@@ -158,7 +173,3 @@ def _begins_early(x: Tensor) -> dict[str, Any]:
     early = x.is_cuda and torch.version.hip is None
     early = early and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"PDL": early, "num_warps": _WARPS, **({"launch_pdl": True} if early else {})}
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

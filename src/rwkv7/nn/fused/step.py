@@ -138,15 +138,15 @@ def _time_mix_step_(
     B = r.shape[0]
     H, N = r_k.shape
     out = v.new_empty(v.shape)
-    given = (r, w, k, v, rate, share, g, v_first)
+    given = (None if x is None else x.contiguous() for x in (r, w, k, v, rate, share, g, v_first))
+    *projections, v_first = given
     if B:
         with on_device_of(state):
-            time_mix_step[(B, H)](
-                *(None if x is None else x.contiguous() for x in given),
-                w0, a0, v0, k_k, k_a, r_k, weight, bias, state, slots.contiguous(), out, H, eps,
-                DECAY_SCALE=DECAY_SCALE, KEY_EPS=KEY_NORM_EPS,
+            time_mix_step[(B * H,)](
+                tuple(projections), v_first, (w0, a0, v0, k_k, k_a, r_k, weight, bias), state,
+                slots.contiguous(), out, H, eps, DECAY_SCALE=DECAY_SCALE, KEY_EPS=KEY_NORM_EPS,
                 MIXES_VALUE=share is not None and v_first is not None,
-                N=N, BN=max(16, 1 << (N - 1).bit_length()), num_warps=4 if N <= 64 else 8,
+                N=N, BN=max(16, 1 << (N - 1).bit_length()), num_warps=2 if N <= 64 else 8,
             )  # fmt: skip
     return out
 

@@ -50,10 +50,11 @@ def find_text(paths: Sequence[Path], exclude: Path | None = None) -> Text:
     Files whose names end in .jsonl, .ndjson, .parquet or .arrow hold records, all others plain
     text. In a folder, files and folders whose names begin with a dot, everything below `exclude`
     and files that are neither (a NUL in the first 8 KiB, a tokenized corpus) are left out. A file
-    named outright is always taken, UTF-8 or not. The PREFIX of one pair PREFIX.bin and PREFIX.idx
-    may be named instead. Nothing is written.
+    named outright is taken, UTF-8 or not, unless it is half a corpus. The PREFIX of one pair
+    PREFIX.bin and PREFIX.idx may be named instead. Nothing is written.
 
-    Raises ValueError for a path that does not exist or cannot be read, and for text of no bytes.
+    Raises ValueError for a path that does not exist or cannot be read, for text of no bytes, and
+    for a .bin without its .idx or the other way round.
     """
     if not paths:
         raise ValueError("text: expected at least one file or folder, found none")
@@ -71,6 +72,12 @@ def find_text(paths: Sequence[Path], exclude: Path | None = None) -> Text:
         inside = path.is_dir()
         for file in sorted(_files_below(path, exclude)) if inside else [path]:
             start = _first_bytes(file)
+            if not inside and file.suffix in (".bin", ".idx"):
+                lost = file.with_suffix(".idx" if file.suffix == ".bin" else ".bin")
+                raise ValueError(
+                    f"text: {file} is half of a tokenized corpus, found no {lost} beside it; text "
+                    "needs a name with another ending"
+                )
             foreign = b"\0" in start and not record_reader(file)
             if inside and (foreign or _corpus(file)):
                 skipped += 1

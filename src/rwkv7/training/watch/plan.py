@@ -23,11 +23,13 @@ from rwkv7.training.settings import TrainSettings
 from rwkv7.training.step import step_gradients
 from rwkv7.training.tuning import Tuning
 
-__all__ = ["Plan", "free_memory", "make_plan"]
+__all__ = ["Plan", "check_model_fits", "check_step_fits", "free_memory", "make_plan"]
 
 TIMED = 2  # steps, after the first, which is slower
 PROBE = 128  # tokens of the first, small steps
 PATIENCE = 30.0  # seconds; a step that would take longer is not tried
+MOST_KEPT = 400  # bytes of a step for each token, channel and layer; it takes fewer
+SURELY = 1.25  # a run is refused for a step that by `_scaled` takes so many times what is free
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +105,7 @@ def make_plan(
         device: where it is made.
         text_tokens: to train on, or None.
     """
-    least = 4 * config_parameters * (4 if settings.tune == "full" else 1)
+    least = _least(settings, config_parameters)
     free = free_memory(device)
     plan = Plan(
         parameters=config_parameters,
@@ -136,8 +138,70 @@ def make_plan(
     return replace(plan, activations=activations, seconds_per_step=seconds)
 
 
+def check_model_fits(settings: TrainSettings, parameters: int, device: torch.device) -> None:
+    """Raises ValueError for a model of so many parameters that has no room on the device."""
+    free, least = free_memory(device), _least(settings, parameters)
+    if free is not None and least > free:
+        raise ValueError(
+            f"memory: training {parameters:,} parameters takes at least {_bytes(least)}, and "
+            f"{_bytes(free)} of {device} are free"
+        )
+
+
+def check_step_fits(
+    tuning: Tuning, settings: TrainSettings, device: torch.device, tokens: int, processes: int = 1
+) -> None:
+    """Raises ValueError for a run whose steps surely have no room. Gradients are left empty.
+
+    Args:
+        tuning: before the first step.
+        settings: of the run.
+        device: that of the steps; one that has no model yet is not asked.
+        tokens: of a whole step at most.
+        processes: that share out the step's batch.
+    """
+    config, free = tuning.model.config, free_memory(device)
+    rows = -(-settings.batch // processes)
+    parts = min(settings.accumulate, max(1, settings.batch // processes))
+    at_once = min(_at_once(replace(settings, batch=rows, accumulate=parts)), tokens)
+    least_to_ask = at_once * config.layers * config.width * MOST_KEPT
+    if free is None or least_to_ask < free or tuning.model.device.type != device.type:
+        return
+    probe = replace(settings, batch=1, accumulate=1)
+    tuning.model.recompute = settings.recompute
+    small = _beyond(tuning, probe, _batch(tuning, 1, min(_row(settings), PROBE), device))
+    tuning.trained.zero_grad(set_to_none=True)
+    if small is None:
+        return
+    size = sum(x.nbytes for x in tuning.trained.parameters() if x.requires_grad)
+    need = _scaled(small, at_once, min(_at_once(probe), PROBE)) + 3 * size
+    if need > SURELY * free:
+        raise ValueError(
+            f"batch: a step of {settings.batch:,} takes about {_bytes(need)} beside the weights, "
+            f"and {_bytes(free)} of {device} are free: use a smaller one, work through it in "
+            "parts (--accumulate), or keep less of it (--recompute layers)"
+        )
+
+
+def _least(settings: TrainSettings, parameters: int) -> int:
+    return 4 * parameters * (4 if settings.tune == "full" else 1)
+
+
 def _row(settings: TrainSettings) -> int:
     return settings.sequence or settings.window
+
+
+def _at_once(settings: TrainSettings) -> int:
+    """The tokens whose graph is in memory together."""
+    row = _row(settings)
+    return -(-settings.batch // settings.accumulate) * (
+        row if settings.carry == "off" else min(row, settings.window)
+    )
+
+
+def _scaled(small: int, at_once: int, tried: int) -> int:
+    """The bytes of a step from those of a `small` one that `tried` so many tokens at once."""
+    return small * max(at_once, tried) // tried
 
 
 def _measured(
@@ -152,10 +216,9 @@ def _measured(
     tried = min(row, PROBE)
     probe = replace(settings, batch=1, accumulate=1)
     small, quick = _steps(tuning, probe, _batch(tuning, 1, tried, device), optimizer)
-    at_once = -(-settings.batch // settings.accumulate) * (
-        row if settings.carry == "off" else min(row, settings.window)
+    told = (
+        None if small is None else _scaled(small, _at_once(settings), min(_at_once(probe), PROBE))
     )
-    told = None if small is None else round(small * max(1, at_once / tried))
     seconds = quick * tokens / tried
     free = free_memory(device)
     if told is not None and free is not None and told > free:
@@ -191,9 +254,14 @@ def _steps(
         torch.cuda.synchronize(device)
     seconds = (time.perf_counter() - started) / TIMED
     optimizer.zero_grad(set_to_none=True)
-    peak = peak_mib(lambda: step_gradients(tuning, batch, settings), device)
+    return _beyond(tuning, settings, batch), seconds
+
+
+def _beyond(tuning: Tuning, settings: TrainSettings, batch: Batch) -> int | None:
+    """Bytes beyond weights, gradients and moments at the peak of a step; gradients are left."""
+    peak = peak_mib(lambda: step_gradients(tuning, batch, settings), batch.inputs.device)
     size = sum(x.nbytes for x in tuning.trained.parameters() if x.requires_grad)
-    return None if peak is None else max(0, round(peak * 2**20) - size), seconds
+    return None if peak is None else max(0, round(peak * 2**20) - size)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -18,15 +18,18 @@ def _wait(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["B", "eps"])
 def norm_mix(
     x_ptr: tl.tensor,
+    added_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     pool_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     mixes: tl.tuple,
     y_ptr: tl.tensor,
+    B: tl.tensor,
     eps: tl.tensor,
     C: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -35,28 +38,41 @@ def norm_mix(
 ):
     """y[i] = n + (the pool's vector - n) mixes[i], n the layer norm of x, which takes its place.
 
-    Every program finds the norm of all C channels, and then does BC of them.
+    Of B rows, each with as many programs as it takes to do its C channels BC at a time; each of
+    them finds the norm of all C. Where something is `added` to x, the norm is the sum's, and kept.
     """
+    row = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, WHOLE)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     weight = channels(weight_ptr, c, inside)
     bias = channels(bias_ptr, c, inside)
+    # Loads are not moved over stores: all of them come first.
+    shares = ()
+    for m in tl.static_range(len(mixes)):
+        shares += (channels(mixes[m], c, inside),)
     _wait(PDL)
-    x = channels(x_ptr, i, i < C)
+    x = channels(x_ptr + row * C, i, i < C)
+    mine = channels(x_ptr + row * C, c, inside)
+    if added_ptr is not None:
+        dtype: tl.constexpr = sum_ptr.dtype.element_ty
+        x = (x + channels(added_ptr + row * C, i, i < C)).to(dtype).to(tl.float32)
+        mine = (mine + channels(added_ptr + row * C, c, inside)).to(dtype).to(tl.float32)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    used = inside & (slot >= 0)
+    before = channels(pool_ptr + slot * C, c, used)
     mean = tl.sum(x, 0) / C
     x = tl.where(i < C, x - mean, 0.0)
     deviation = tl.sqrt(tl.sum(x * x, 0) / C + eps)
-    n = (channels(x_ptr, c, inside) - mean) / deviation * weight + bias
+    n = (mine - mean) / deviation * weight + bias
     kept = n.to(pool_ptr.dtype.element_ty)
     n = kept.to(tl.float32)
-    slot = tl.load(slots_ptr).to(tl.int64)
-    used = inside & (slot >= 0)
-    delta = channels(pool_ptr + slot * C, c, used) - n
-    tl.store(pool_ptr + slot * C + c, kept, used)
     for m in tl.static_range(len(mixes)):
-        y = n + delta * channels(mixes[m], c, inside)
-        tl.store(y_ptr + m * C + c, y.to(y_ptr.dtype.element_ty), inside)
+        y = n + (before - n) * shares[m]
+        tl.store(y_ptr + (m * B + row) * C + c, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(pool_ptr + slot * C + c, kept, used)
+    if added_ptr is not None:
+        tl.store(sum_ptr + row * C + c, mine.to(sum_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -180,14 +196,7 @@ def head(
     hidden_ptr: tl.tensor,
     highs: tl.tuple,
     v_first_ptr: tl.tensor,
-    w0_ptr: tl.tensor,
-    a0_ptr: tl.tensor,
-    v0_ptr: tl.tensor,
-    k_k_ptr: tl.tensor,
-    k_a_ptr: tl.tensor,
-    r_k_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
+    vectors: tl.tuple,
     state_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -225,29 +234,10 @@ def head(
     v = channels(rkv_ptr + 2 * C, own, inside)
     if len(highs) == 4:
         share = _times(hidden_ptr + RANKS[0] + RANKS[1] + RANKS[2], v2, RANKS[3], TILES[3])
-        share = sigmoid(channels(v0_ptr, own, inside) + share)
+        share = sigmoid(channels(vectors[2], own, inside) + share)
         v += (channels(v_first_ptr, own, inside) - v) * share
-    S, out = head_step(
-        S,
-        channels(rkv_ptr, own, inside),
-        w,
-        channels(rkv_ptr + C, own, inside),
-        v,
-        rate,
-        g,
-        w0_ptr,
-        a0_ptr,
-        k_k_ptr,
-        k_a_ptr,
-        r_k_ptr,
-        weight_ptr,
-        bias_ptr,
-        own,
-        inside,
-        eps,
-        DECAY_SCALE,
-        KEY_EPS,
-        N,
-    )
+    r = channels(rkv_ptr, own, inside)
+    k = channels(rkv_ptr + C, own, inside)
+    S, out = head_step(S, r, w, k, v, rate, g, vectors, own, inside, eps, DECAY_SCALE, KEY_EPS, N)
     tl.store(state_ptr + square, S, used)
     tl.store(out_ptr + own, out.to(out_ptr.dtype.element_ty), inside)

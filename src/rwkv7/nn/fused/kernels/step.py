@@ -58,43 +58,39 @@ def mix_in_pool(
 
 
 @triton.jit
-def channels(pointer, at, inside):
+def channels(pointer: tl.tensor, at: tl.tensor, inside: tl.tensor):
     """Numbers of one head, in float32."""
     return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def head_step(
-    S,
-    r,
-    w,
-    k,
-    v,
-    rate,
-    g,
-    w0_ptr,
-    a0_ptr,
-    k_k_ptr,
-    k_a_ptr,
-    r_k_ptr,
-    weight_ptr,
-    bias_ptr,
-    own,
-    inside,
-    eps,
+    S: tl.tensor,
+    r: tl.tensor,
+    w: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    rate: tl.tensor,
+    g: tl.tensor,
+    vectors: tl.tuple,
+    own: tl.tensor,
+    inside: tl.tensor,
+    eps: tl.tensor,
     DECAY_SCALE: tl.constexpr,
     KEY_EPS: tl.constexpr,
     N: tl.constexpr,
 ):
     """(the state after a token, the gated output) of one head from its projections [BN].
 
-    `v` is mixed with layer 0's already; `own` are the head's channels in vectors [C].
+    `v` is mixed with layer 0's already. `vectors` are those of `StepParameters`, `own` the head's
+    channels in them.
     """
-    w = sigmoid(channels(w0_ptr, own, inside) + w)
-    a = sigmoid(channels(a0_ptr, own, inside) + rate)
-    unit = k * channels(k_k_ptr, own, inside)
+    w0, a0, _, k_k, k_a, r_k, weight, bias = vectors
+    w = sigmoid(channels(w0, own, inside) + w)
+    a = sigmoid(channels(a0, own, inside) + rate)
+    unit = k * channels(k_k, own, inside)
     unit = unit / tl.maximum(tl.sqrt(tl.sum(unit * unit, 0)), KEY_EPS)
-    key = k + k * (a - 1.0) * channels(k_a_ptr, own, inside)
+    key = k + k * (a - 1.0) * channels(k_a, own, inside)
 
     removed = tl.sum(S * unit[None, :], 1)
     S = S * tl.exp2((-DECAY_SCALE * LOG2E) * w)[None, :]
@@ -103,29 +99,16 @@ def head_step(
     y = tl.sum(S * r[None, :], 1)
     y = tl.where(inside, y - tl.sum(y, 0) / N, 0.0)
     y = y / tl.sqrt(tl.sum(y * y, 0) / N + eps)
-    bonus = tl.sum(r * key * channels(r_k_ptr, own, inside), 0)
-    out = y * channels(weight_ptr, own, inside) + channels(bias_ptr, own, inside) + bonus * v
+    bonus = tl.sum(r * key * channels(r_k, own, inside), 0)
+    out = y * channels(weight, own, inside) + channels(bias, own, inside) + bonus * v
     return S, out * g
 
 
 @triton.jit(do_not_specialize=["H", "eps"])
 def time_mix_step(
-    r_ptr: tl.tensor,
-    w_ptr: tl.tensor,
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    rate_ptr: tl.tensor,
-    share_ptr: tl.tensor,
-    g_ptr: tl.tensor,
+    projections: tl.tuple,
     v_first_ptr: tl.tensor,
-    w0_ptr: tl.tensor,
-    a0_ptr: tl.tensor,
-    v0_ptr: tl.tensor,
-    k_k_ptr: tl.tensor,
-    k_a_ptr: tl.tensor,
-    r_k_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
+    vectors: tl.tuple,
     state_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -137,9 +120,12 @@ def time_mix_step(
     N: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The operator's arguments, the recurrence in place and the gated output, for one head."""
-    row = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)
+    """The operator's arguments, the recurrence in place and the gated output, for one head.
+
+    `projections` and `vectors` are those of `Projections` and `StepParameters`.
+    """
+    row = (tl.program_id(0) // H).to(tl.int64)
+    h = tl.program_id(0) % H
     slot = tl.load(slots_ptr + row).to(tl.int64)
     # Rows of the state are value channels, columns key channels.
     i = tl.arange(0, BN)
@@ -148,32 +134,21 @@ def time_mix_step(
     at = row * H * N + own
     square = (slot * H + h) * (N * N) + i[:, None] * N + i[None, :]
     used = inside[:, None] & inside[None, :] & (slot >= 0)
-    S = tl.load(state_ptr + square, used, other=0.0)
-    v = channels(v_ptr, at, inside)
+    # No state is met again in this layer: it must not drive the weights out of the cache.
+    S = tl.load(state_ptr + square, used, other=0.0, eviction_policy="evict_first")
+    v = channels(projections[3], at, inside)
     if MIXES_VALUE:
-        share = sigmoid(channels(v0_ptr, own, inside) + channels(share_ptr, at, inside))
+        share = sigmoid(channels(vectors[2], own, inside) + channels(projections[5], at, inside))
         v += (channels(v_first_ptr, at, inside) - v) * share
     S, out = head_step(
         S,
-        channels(r_ptr, at, inside),
-        channels(w_ptr, at, inside),
-        channels(k_ptr, at, inside),
+        channels(projections[0], at, inside),
+        channels(projections[1], at, inside),
+        channels(projections[2], at, inside),
         v,
-        channels(rate_ptr, at, inside),
-        channels(g_ptr, at, inside),
-        w0_ptr,
-        a0_ptr,
-        k_k_ptr,
-        k_a_ptr,
-        r_k_ptr,
-        weight_ptr,
-        bias_ptr,
-        own,
-        inside,
-        eps,
-        DECAY_SCALE,
-        KEY_EPS,
-        N,
-    )
-    tl.store(state_ptr + square, S, used)
+        channels(projections[4], at, inside),
+        channels(projections[6], at, inside),
+        vectors, own, inside, eps, DECAY_SCALE, KEY_EPS, N,
+    )  # fmt: skip
+    tl.store(state_ptr + square, S, used, eviction_policy="evict_first")
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside)

@@ -1,9 +1,9 @@
 """The hand-made GPU backend: CUDA kernels on tensor cores, K = V = 64 or 128, bf16 and fp16.
 
 Blocks walk the chunks of a (sequence, head) with the state in registers; backward walks them in
-reverse from the saved states. Few long sequences are cut into segments. `plan` decides, `compiler`
-makes and keeps compiled kernels, `walks` starts them. Importing this module loads neither a
-compiler nor the driver.
+reverse from the saved states. Where sequences and heads are few, other blocks prepare for those
+who walk; few long ones are cut into segments. `plan` decides, `compiler` makes and keeps compiled
+kernels, `walks` starts them. Importing this module loads neither a compiler nor the driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rwkv7.wkv7.contract import Call
 
 from . import compiler, launch, plan
 from .segments import Segments
-from .walks import chain, walk, walk_back
+from .walks import chain, relay, relay_back, segment, segment_back, walk, walk_back
 
 # The first cards with cp.async, bf16 products and enough shared memory.
 _FIRST_CAPABILITY = (8, 0)
@@ -41,9 +41,12 @@ class CudaBackend:
         return plan.refuses(call) or _card_refuses(device.index or 0, int(call.sizes[3]))
 
     def route(self, call: Call) -> str:
-        """One walk a sequence and head, or many at once."""
-        tokens = _segment(call)
-        how = f"segments of {tokens} tokens at once" if tokens else "one walk a sequence and head"
+        """A walk a sequence and head, which other blocks may prepare, or many at once."""
+        how = "one walk a sequence and head"
+        if tokens := _segment(call):
+            how = f"segments of {tokens} tokens at once"
+        elif slabs := _slabs(call):
+            how += f", prepared by other blocks in {len(slabs) + 1} launches"
         return f"cuda, {how}, in chunks of {plan.CHUNK} tokens"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
@@ -61,20 +64,14 @@ class CudaBackend:
         if _is_empty(call):
             return torch.empty_like(call.v), call.initial_state().clone(), saved
         y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-        tokens = _segment(call)
-        if tokens is None:
-            final = _states(call)
-            walk(call, final, initial=call.state, y=y, saved=saved if save else None)
-            return y, final, saved
-        cut = Segments.of(call, tokens)
-        added, before, after = (_states(cut.call) for _ in range(3))
-        maps = cut.maps(saved) if save else torch.empty_like(added)
-        walk(cut.call, maps, values=False)
-        walk(cut.call, added)
-        chain(call, maps, added, call.state, before, back=False)
-        states = saved[cut.map_words :] if save else None
-        walk(cut.call, after, initial=before, y=y, saved=states)
-        return y, after[cut.each - 1 :: cut.each].contiguous(), saved
+        if tokens := _segment(call):
+            return y, _forward_by_segments(Segments.of(call, tokens), y, saved, save), saved
+        final, kept = _states(call, call.sequences), saved if save else None
+        if slabs := _slabs(call):
+            relay(call, final, y, kept, slabs)
+        else:
+            walk(call, call.state, final, y, kept)
+        return y, final, saved
 
     def backward(
         self, call: Call, saved: Tensor, dy: Tensor | None, dstate: Tensor | None
@@ -87,22 +84,47 @@ class CudaBackend:
             return (*(torch.zeros_like(x) for x in inputs), last)
         contiguous = torch.contiguous_format
         gradients = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs)
-        tokens = _segment(call)
-        if tokens is None:
-            dinitial = _states(call)
-            walk_back(call, dy, dstate, dinitial, saved=saved, gradients=gradients)
-            return (*gradients, dinitial)
-        cut = Segments.of(call, tokens)
-        added, after, before = (_states(cut.call) for _ in range(3))
-        walk_back(cut.call, dy, None, added)
-        chain(call, cut.maps(saved), added, dstate, after, back=True)
-        states = saved[cut.map_words :]
-        walk_back(cut.call, dy, after, before, saved=states, gradients=gradients)
-        return (*gradients, before[:: cut.each].contiguous())
+        if tokens := _segment(call):
+            cut = Segments.of(call, tokens)
+            return (*gradients, _backward_by_segments(cut, saved, dy, dstate, gradients))
+        dinitial = _states(call, call.sequences)
+        if slabs := _slabs(call):
+            after = _states(call, plan.chunk_count(call))
+            relay_back(call, dy, dstate, dinitial, after, slabs)
+            walk_back(call, dy, after, None, saved, gradients)
+        else:
+            walk_back(call, dy, dstate, dinitial, saved, gradients)
+        return (*gradients, dinitial)
 
     def kernels(self) -> dict[str, str]:
         """The compiler, where it keeps kernels, and which ones there are for which card."""
         return compiler.report()
+
+
+def _forward_by_segments(cut: Segments, y: Tensor, saved: Tensor, save: bool) -> Tensor:
+    """Fills y and, if `save`, `saved`; gives the final state."""
+    call = cut.whole
+    added, before, after = (_states(cut.call, cut.call.sequences) for _ in range(3))
+    maps = cut.maps(saved) if save else torch.empty_like(added)
+    segment(cut.call, maps, added)
+    chain(call, maps, added, call.state, before, back=False)
+    walk(cut.call, before, after, y, saved[cut.map_words :] if save else None)
+    return after[cut.each - 1 :: cut.each].contiguous()
+
+
+def _backward_by_segments(
+    cut: Segments,
+    saved: Tensor,
+    dy: Tensor | None,
+    dstate: Tensor | None,
+    gradients: tuple[Tensor, ...],
+) -> Tensor:
+    """Fills `gradients`; gives that of the initial state."""
+    added, after, before = (_states(cut.call, cut.call.sequences) for _ in range(3))
+    segment_back(cut.call, dy, added)
+    chain(cut.whole, cut.maps(saved), added, dstate, after, back=True)
+    walk_back(cut.call, dy, after, before, saved[cut.map_words :], gradients)
+    return before[:: cut.each].contiguous()
 
 
 @functools.cache
@@ -121,10 +143,14 @@ def _segment(call: Call) -> int | None:
     return plan.segment(call, launch.card(call.r.device))
 
 
-def _states(call: Call) -> Tensor:
-    """Room for a state a sequence, fp32 [S, H, V, K]."""
+def _slabs(call: Call) -> list[int]:
+    return plan.slabs(call, launch.card(call.r.device))
+
+
+def _states(call: Call, count: int) -> Tensor:
+    """Room for that many states of all heads, fp32 [count, H, V, K]."""
     _, _, H, K, V = call.sizes
-    return call.v.new_empty((call.sequences, H, V, K), dtype=torch.float32)
+    return call.v.new_empty((count, H, V, K), dtype=torch.float32)
 
 
 def _is_empty(call: Call) -> bool:

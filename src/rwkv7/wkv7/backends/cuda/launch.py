@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +26,16 @@ def card(device: torch.device) -> Card:
 
 
 def launch(
-    kernel: Kernel, macros: Macros, device: torch.device, blocks: int, arguments: tuple[int, ...]
+    kernel: Kernel,
+    macros: Macros,
+    device: torch.device,
+    grids: Sequence[tuple[int, tuple[int, ...]]],
 ) -> None:
-    """Start `blocks` blocks of the kernel on the current stream of `device`.
+    """Start the kernel on the current stream of `device`, once for every grid, in order.
 
     Args:
-        arguments: addresses (0 for none) and 32-bit numbers, in the kernel's order.
+        grids: how many blocks, and the arguments: addresses (0 for none) and 32-bit numbers, in the
+            kernel's order, the same count for all.
 
     Raises:
         RuntimeError: the driver refuses; it says why.
@@ -38,22 +43,23 @@ def launch(
     from cuda.bindings import driver
 
     # A kernel reads as many bytes of a slot as its parameter has; the driver copies them at once.
-    count = len(arguments)
-    slots = (ctypes.c_uint64 * count)(*arguments)
+    count = len(grids[0][1])
+    slots = (ctypes.c_uint64 * count)()
     first = ctypes.addressof(slots)
     pointers = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
     with torch.cuda.device(device):
         function = load(kernel, macros, device.index)
         stream = torch.cuda.current_stream().cuda_stream
-        grid, block = (blocks, 1, 1), (kernel.threads, 1, 1)
-        shared = kernel.shared_bytes(macros)
-        how = (function, *grid, *block, shared, stream, ctypes.addressof(pointers), 0)
-        (status,) = driver.cuLaunchKernel(*how)
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            # A thread of its own that has done nothing on the card so far.
-            _make_current(device.index)
-            (status,) = driver.cuLaunchKernel(*how)
-    checked((status,), f"launching {kernel.entry}")
+        rest = (1, 1, kernel.threads, 1, 1, kernel.shared_bytes(macros), stream)
+        how = (*rest, ctypes.addressof(pointers), 0)
+        for blocks, arguments in grids:
+            slots[:] = list(arguments)
+            (status,) = driver.cuLaunchKernel(function, blocks, *how)
+            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                # A thread of its own that has done nothing on the card so far.
+                _make_current(device.index)
+                (status,) = driver.cuLaunchKernel(function, blocks, *how)
+            checked((status,), f"launching {kernel.entry}")
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """What a call asks of the kernels: which of them, compiled how, launched with what.
 
 Decisions look at sizes, dtypes and the decay's form, never at values. Enough sequences and heads
-fill a card with one walk each. Few long ones are cut into segments that are walked at once, but not
-inside `batch_invariant()`: there a sequence's bits are the same alone, batched and packed.
+fill a card with one walk each. Few are walked by relay, from what other blocks prepare, and few
+long ones cut into segments that are walked at once; but not inside `batch_invariant()`: there a
+sequence's bits are the same alone, batched and packed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Kernel:
         shared: bytes of dynamic shared memory a block; with w in 16 bits, with w in 32.
         constant: the source's own name for `shared`; that they agree is checked when it compiles.
         blocks: for a (sequence, head).
-        pipelined: the kernel's form for few sequences and heads, with more warps a block.
+        image: bytes of memory that a prepared step of 16 tokens takes (`relay`).
     """
 
     name: str
@@ -43,7 +44,7 @@ class Kernel:
     shared: tuple[int, int]
     constant: str
     blocks: int = 1
-    pipelined: bool = False
+    image: int = 0
 
     @property
     def entry(self) -> str:
@@ -56,30 +57,42 @@ class Kernel:
 
     def program(self, macros: Macros) -> str:
         """What is compiled: the file, and a check that this table knows its shared memory."""
+        image = f" && IMAGE_BYTES == {self.image}" if self.image else ""
         return (
             f"#define HEAD {self.head}\n"
-            f"#define PIPELINED {int(self.pipelined)}\n"
             f'#include "{self.name}.cu"\n'
-            f"static_assert({self.constant} == {self.shared_bytes(macros)}, "
-            f'"plan.py has another size for the shared memory of {self.name}.cu");\n'
+            f"static_assert({self.constant} == {self.shared_bytes(macros)}{image}, "
+            f'"plan.py has other sizes for the memory of {self.name}.cu");\n'
         )
 
 
 KERNELS = (
-    Kernel("forward", 64, 128, (56384, 64576), "FORWARD_BYTES"),
-    Kernel("forward", 64, 256, (112768, 129152), "FORWARD_BYTES", pipelined=True),
-    Kernel("forward", 128, 128, (111680, 128064), "FORWARD_BYTES", blocks=2),
+    Kernel("forward", 64, 128, (56384, 56384), "FORWARD_BYTES"),
+    Kernel("forward", 128, 128, (111680, 111680), "FORWARD_BYTES", blocks=2),
     Kernel("backward", 64, 128, (114752, 122944), "SHARED_BYTES"),
-    Kernel("backward", 64, 384, (213136, 229520), "SHARED_BYTES", pipelined=True),
     Kernel("backward", 128, 256, (208960, 225344), "SHARED_BYTES"),
+    Kernel("relay", 64, 256, (112768, 112768), "RELAY_BYTES", image=14464),
+    Kernel("relay", 128, 256, (223360, 223360), "RELAY_BYTES", blocks=2, image=23168),
+    Kernel("relay_back", 64, 256, (96384, 96384), "RELAY_BYTES", image=7296),
+    Kernel("relay_back", 128, 256, (190592, 190592), "RELAY_BYTES", blocks=2, image=13952),
+    Kernel("segment", 64, 128, (56384, 56384), "SEGMENT_BYTES"),
+    Kernel("segment", 128, 128, (111680, 111680), "SEGMENT_BYTES", blocks=2),
+    Kernel("segment_back", 64, 128, (56384, 56384), "SEGMENT_BYTES"),
+    Kernel("segment_back", 128, 128, (111680, 111680), "SEGMENT_BYTES", blocks=2),
     Kernel("chain", 64, 128, (33280, 33280), "CHAIN_BYTES"),
     Kernel("chain", 128, 256, (132096, 132096), "CHAIN_BYTES"),
 )
+STEPS = 4  # of a chunk: what a warp prepares
+# A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
+# multiprocessor (H200, ms forward and both at 128 sequences and heads of 4096 tokens: 0.45 and 1.65
+# by relay, 0.51 and 1.80 with one walk each).
+FEWEST_CHUNKS, MOST_PAIRS = 8, 1.0
+# It takes so many slabs, if none has more chunks (50 kB each) of all sequences and heads than this.
+# Walking a chunk takes this much of the time in which a multiprocessor prepares one.
+SLABS, MOST_UNITS, WALKING = 4, 1408, 0.45
 # Sequences and heads whose `forward` shares a multiprocessor, by the head's size.
 SHARING = {64: 4, 128: 1}
-# Segments cost two more walks forward and one more backward; below these bounds that is too much
-# (H100, forward and both, ms: 1x8192x32 takes 0.96 and 3.30 whole, 1.16 and 3.35 in 16 segments;
-# 1x65536x32 takes 5.99 and 23.1 whole, 3.43 and 7.91 in 17).
+# Segments cost another walk each way; below these bounds that is too much.
 SHORTEST_SEGMENT, FEWEST_SEGMENTS = 1024, 12
 
 
@@ -97,7 +110,7 @@ def refuses(call: Call) -> str | None:
 
 def least_shared(head: int) -> int:
     """Bytes of shared memory for a block that a card must have for heads of this size."""
-    return max(max(k.shared) for k in KERNELS if k.head == head and not k.pipelined)
+    return max(max(k.shared) for k in KERNELS if k.head == head and not k.image)
 
 
 def macros(call: Call, own: Mapping[str, bool]) -> Macros:
@@ -119,28 +132,47 @@ class Card:
     shared: int
 
 
-def kernel(name: str, call: Call, card: Card) -> Kernel:
-    """The kernel of that name for the call, in the form that fills the card.
-
-    The pipelined one, if there is one, where a multiprocessor has but one sequence and head to
-    walk. H100, forward and both: 96 sequences and heads take 10 % and 6 % less time with it, 256
-    take 8 % and 18 % more. It computes the same, but a compiler may round one source in two ways.
-    """
-    _, _, H, K, _ = call.sizes
-    forms = [kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, K)]
-    alone = not call.invariant and call.sequences * H <= card.multiprocessors
-    fits = alone and max(forms[-1].shared) <= card.shared
-    return forms[-1] if fits else forms[0]
+def kernel(name: str, call: Call) -> Kernel:
+    """The kernel of that name for the call."""
+    head = int(call.sizes[3])
+    return next(kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, head))
 
 
 def segment(call: Call, card: Card) -> int | None:
-    """Tokens of the segments that every sequence is cut into, or None: one walk a sequence."""
+    """Tokens of the segments that every sequence is cut into, or None: sequences stay whole."""
     B, T, H, K, _ = call.sizes
     if call.invariant or call.cu_seqlens is not None or card.multiprocessors < 2 * B * H:
         return None
     tokens = max(SHORTEST_SEGMENT, -(-T * B * H // (SHARING[int(K)] * card.multiprocessors)))
     tokens = -(-tokens // CHUNK) * CHUNK
     return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
+
+
+def slabs(call: Call, card: Card) -> list[int]:
+    """Chunks of every sequence that each launch of a relay prepares, in order; none: no relay."""
+    B, T, H, *_ = call.sizes
+    chunks, pairs = -(-T // CHUNK), B * H
+    if call.invariant or call.cu_seqlens is not None or chunks < FEWEST_CHUNKS:
+        return []
+    if segment(call, card):
+        return []
+    few = pairs <= MOST_PAIRS * card.multiprocessors
+    return slab_sizes(chunks, pairs, card.multiprocessors) if few else []
+
+
+def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> list[int]:
+    """With few sequences and heads the walk takes longest, and slabs grow, so that it begins early:
+
+    each is prepared in the time in which the one before it is walked.
+    """
+    ratio = min(2.0, max(1.0, WALKING * multiprocessors / pairs))
+    size, most = chunks / sum(ratio**i for i in range(SLABS)), max(1, MOST_UNITS // pairs)
+    found: list[int] = []
+    while (left := chunks - sum(found)) > 0:
+        n = min(left, most, max(2, round(size)))
+        found.append(n if left - n > 1 else min(left, most))
+        size *= ratio
+    return found
 
 
 def chunk_count(call: Call) -> int:

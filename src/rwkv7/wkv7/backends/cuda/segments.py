@@ -1,8 +1,8 @@
 """Few long sequences: segments walked at once, joined by what each does to any state.
 
-A segment takes the state S to S·M + B, and the gradient E of the state after it to E·Mᵀ + F. M is
-the walk of the identity without v, B that of the empty state, F the walk back of no gradient; a
-chain over the segments then gives each its state, and its gradient.
+A segment takes the state S to S·M + B, and the gradient E of the state after it to E·Mᵀ + F. One
+walk finds M and B, a walk back F; a chain over the segments then gives each its state, and its
+gradient.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@
 //   by channels (a warp its 16): dr, da, dk, db, and from them dw.
 // E is the gradient of the state after a token, Z that of A_ak·V + α·Sᵀ. Everything on the side of V
 // is divided by one power of two for the chunk, everything on the side of the gradients by another.
-// The macro GRADIENTS 0 leaves out all but the gradient of the initial state. PIPELINED 1 is for few
-// sequences and heads: the first four warps go by rows, four more by channels, a step behind them, and
-// four prepare the next chunk in a buffer of its own.
+// The macro APART 1 takes every chunk of a call as a sequence of its own, whose E is known (relay_back.cu).
 #define BACKWARD 1
+#define BY_STEP 0
+#define RELAY 0
 #define WITH_R 1
-#define WITH_K GRADIENTS
-#define WITH_MOVE GRADIENTS
+#define WITH_K 1
+#define WITH_MOVE 1
 #include "finish.cuh"
 #include "state.cuh"
 
@@ -22,28 +22,20 @@ constexpr int V = MOVE_BACK + TILE;
 constexpr int DY = V + TILE;
 constexpr int BUFFER = DY + TILE;
 // The block has: E; Z of one step; the states before steps 3 and 2, later those before steps 1 and 0.
-// E and Z twice if those who read them are a step behind. Of large heads this is too much, and E and
+// Of large heads this is too much, and E and
 // the state before a step take turns in one tile (SHARED_TILE).
 constexpr bool SHARED_TILE = N > 64;
-static_assert(!(PIPELINED && SHARED_TILE), "the state would be overwritten while it is read");
 constexpr int STATE_TILE = N * N * 2;
-constexpr int E_TILE = (1 + PIPELINED) * BUFFER;
-constexpr int STATES = SHARED_TILE ? E_TILE : E_TILE + (1 + PIPELINED) * STATE_TILE;
+constexpr int E_TILE = BUFFER;
+constexpr int STATES = SHARED_TILE ? E_TILE : E_TILE + STATE_TILE;
 constexpr int Z = STATES + (SHARED_TILE ? 1 : 2) * STATE_TILE, Z_BYTES = STEP * N * 2;
-constexpr int UNIT = Z + (1 + PIPELINED) * Z_BYTES;  // for those who do not walk
-constexpr int SHARED_BYTES = UNIT + 16 * PIPELINED;
-
-// Barriers of the groups; a block of one group has but one.
-enum { WALKING = 1, CHANNELS, BOTH };
-DEVICE void sync_walking() { PIPELINED ? sync_group(WALKING, GROUP) : sync_block(); }
-DEVICE void sync_channels() { PIPELINED ? sync_group(CHANNELS, GROUP) : sync_block(); }
-DEVICE void sync_both() { PIPELINED ? sync_group(BOTH, 2 * GROUP) : sync_block(); }
+constexpr int SHARED_BYTES = Z + Z_BYTES;
 
 DEVICE char* state_tile(int step) {
     return shared_memory + STATES + (SHARED_TILE ? 0 : (step & 1) * STATE_TILE);
 }
-DEVICE char* e_tile(int step) { return shared_memory + E_TILE + (step & PIPELINED) * STATE_TILE; }
-DEVICE char* z_tile(int step) { return shared_memory + Z + (step & PIPELINED) * Z_BYTES; }
+DEVICE char* e_tile() { return shared_memory + E_TILE; }
+DEVICE char* z_tile() { return shared_memory + Z; }
 
 // In a sequence of few tokens what reaches a and b is a few products of vectors, Z·V and dY·U, and these
 // may cancel. A chunk whose last step has no tokens is `brief`: its first step has Z and U in two halves,
@@ -52,11 +44,11 @@ constexpr int SPARE = CHUNK - STEP;
 
 // The largest number of the walking warps, the same for all their threads.
 DEVICE float group_max(float x) {
-    float* sums = (float*)z_tile(0);
+    float* sums = (float*)z_tile();
     x = warp_max(x);
-    sync_walking();
+    sync_block();
     if (lane_id() == 0) sums[warp_id()] = x;
-    sync_walking();
+    sync_block();
     x = fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
 #pragma unroll
     for (int i = 4; i < WARPS; ++i) x = fmaxf(x, sums[i]);
@@ -89,15 +81,17 @@ DEVICE void scale_tile(char* tile, const float factors[STEPS], float f) {
 }
 
 // The state saved before a chunk, divided by `scale`.
-DEVICE void read_saved(Rows& state, const u16* states, const float* scales, float inverse) {
-    const int v = 16 * warp_id() + (lane_id() >> 2), p = (lane_id() & 3) * 2;
+DEVICE void read_saved(Rows& state, const char* states, const float* scales, float inverse) {
+    const int v = first_row() + (lane_id() >> 2);
     const float top = scales[v] * inverse, bottom = scales[v + 8] * inverse;
 #pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-        const u32 x = *(const u32*)(states + v * N + 8 * n + p);
-        const u32 y = *(const u32*)(states + (v + 8) * N + 8 * n + p);
-        state.s[n][0] = low_half(x) * top, state.s[n][1] = high_half(x) * top;
-        state.s[n][2] = low_half(y) * bottom, state.s[n][3] = high_half(y) * bottom;
+    for (int i = 0; i < N / 16; ++i) {
+        const uint4 x = *(const uint4*)(states + saved_at(i));
+        float *one = state.s[2 * i], *other = state.s[2 * i + 1];
+        one[0] = low_half(x.x) * top, one[1] = high_half(x.x) * top;
+        one[2] = low_half(x.y) * bottom, one[3] = high_half(x.y) * bottom;
+        other[0] = low_half(x.z) * top, other[1] = high_half(x.z) * top;
+        other[2] = low_half(x.w) * bottom, other[3] = high_half(x.w) * bottom;
     }
 }
 
@@ -178,14 +172,12 @@ DEVICE void rows_back(char* shared, int step, bool brief, Rows& E, float dv[2][4
     u32 b[4];
     float z[2][4] = {};
     times_channels(E, step_to_end(shared, step));
-    if (GRADIENTS && !SHARED_TILE) store_state(e_tile(step), E);
+    if (!SHARED_TILE) store_state(e_tile(), E);
     left_transposed(dy, shared + DY, first, warp_id());
     rows_square(b, squares + 2 * SQUARE);
     mma_pair(z, dy, b);
-    if (GRADIENTS) {
-        rows_square(b, squares + SQUARE);
-        mma_pair(dv, dy, b);
-    }
+    rows_square(b, squares + SQUARE);
+    mma_pair(dv, dy, b);
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
         u32 e[4], e_low[4];
@@ -193,17 +185,15 @@ DEVICE void rows_back(char* shared, int step, bool brief, Rows& E, float dv[2][4
         columns_operand(b, shared + MOVE_BACK, first, block);
         mma_pair(z, e, b);
         if (INPUT_FP16) mma_pair(z, e_low, b);
-        if (GRADIENTS) {
-            columns_operand(b, shared + KEY_BACK, first, block);
-            mma_pair(dv, e, b);
-        }
+        columns_operand(b, shared + KEY_BACK, first, block);
+        mma_pair(dv, e, b);
     }
-    if (GRADIENTS && brief && step == 0) {
+    if (brief && step == 0) {
         as_left_split(high, b, z);
         store_transposed(shared + V, SPARE, warp_id(), b);
     }
     as_left(high, z);
-    if (GRADIENTS) store_transposed(z_tile(step), 0, warp_id(), high);
+    store_transposed(z_tile(), 0, warp_id(), high);
 }
 
 // E before the step.
@@ -224,7 +214,7 @@ DEVICE void pass_back(char* shared, int step, Rows& E, const u32 dy[4], const u3
 DEVICE void score_gradients(char* shared, int step, bool brief) {
     const int first = STEP * step, warp = member();
     if (WARPS > 4 && warp > 3) return;
-    const char* rows = warp < 2 ? shared + DY : z_tile(step);
+    const char* rows = warp < 2 ? shared + DY : z_tile();
     const char* columns = warp & 1 ? shared + U : shared + V;
     float d[2][4] = {};
 #pragma unroll
@@ -271,7 +261,7 @@ DEVICE void through_scores(const char* shared, int step, const char* squares, Gr
 template <bool BEFORE, bool AFTER>
 DEVICE void through_states(const char* shared, int step, Gradients& d) {
     const int first = STEP * step, warp = member();
-    const char *state = state_tile(step), *back = e_tile(step), *z = z_tile(step);
+    const char *state = state_tile(step), *back = e_tile(), *z = z_tile();
     u32 x[4], c[4], e[4];
 #pragma unroll
     for (int block = 0; block < N / 16; ++block) {
@@ -299,19 +289,33 @@ DEVICE void passing_on(char* shared, int step, const Rows& state, const Rows& E)
     float* sums = sums_of(shared, warp_id());
     const int lane = lane_id(), p = (lane & 3) * 2;
     const float* to_end = step_to_end(shared, step);
-    sync_walking();
+    float x[N / 4];  // of channels p, p + 1, p + 8, p + 9, …
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float f = to_end[8 * n + p + i];
             const u32 e = pack_half(E.s[n][i] * f, E.s[n][2 + i] * f);
-            float x = state.s[n][i] * low_half(e) + state.s[n][2 + i] * high_half(e);
-#pragma unroll
-            for (int mask = 4; mask < 32; mask <<= 1) x += shuffle_xor(x, mask);
-            if (lane < 4) sums[8 * n + p + i] = x;
+            x[2 * n + i] = state.s[n][i] * low_half(e) + state.s[n][2 + i] * high_half(e);
         }
-    sync_walking();
+    // The eight lanes that have the same channels add up, each at last an eighth of them: at every turn a
+    // lane hands half of its sums on and adds to the others.
+    int kept = 0;
+#pragma unroll
+    for (int mask = 16, half = N / 8; mask > 2; mask >>= 1, half >>= 1) {
+        const bool upper = lane & mask;
+        kept += upper ? half : 0;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            if (j >= half) continue;
+            const float mine = upper ? x[j + half] : x[j], other = upper ? x[j] : x[j + half];
+            x[j] = mine + shuffle_xor(other, mask);
+        }
+    }
+    sync_block();
+#pragma unroll
+    for (int j = 0; j < N / 32; ++j) sums[8 * (kept + j >> 1) + p + (j & 1)] = x[j];
+    sync_block();
 }
 // The sums of the warp's channels: what `after` of finish_step starts from.
 DEVICE void arriving(char* shared, int step, float after[4]) {
@@ -336,7 +340,7 @@ DEVICE float scale_back(char* shared, Rows& E, float e_scale) {
     const float next = power_of_two(group_max(most));
     times(E, e_scale * inverse_power(next));
     scale_tile(shared + DY, r_scales, inverse_power(next));
-    sync_walking();
+    sync_block();
     return next;
 }
 
@@ -351,147 +355,121 @@ DEVICE float scale_values(char* shared, const float* saved_scale, bool& empty) {
     const float scale =
         power_of_two(group_max(fmaxf(most, largest_scaled(shared + V, k_scales))));
     scale_tile(shared + V, k_scales, inverse_power(scale));
-    sync_walking();
+    sync_block();
     return scale;
 }
 
 #ifndef EMULATED
 extern "C"
 #endif
-__global__ void __launch_bounds__(PIPELINED ? 3 * GROUP : GROUP, PIPELINED || N > 64 ? 1 : 2)
+__global__ void __launch_bounds__(GROUP, N > 64 ? 1 : 2)
 wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char* __restrict__ k,
               const char* __restrict__ v, const char* __restrict__ a, const char* __restrict__ b,
               const char* __restrict__ dy, const float* __restrict__ dfinal,
-              const u16* __restrict__ states, const float* __restrict__ states_scale,
+              const char* __restrict__ states, const float* __restrict__ states_scale,
               char* __restrict__ dr, char* __restrict__ dw, char* __restrict__ dk,
               char* __restrict__ dv, char* __restrict__ da, char* __restrict__ db,
               float* __restrict__ dinitial, const i64* __restrict__ offsets, int T, int H) {
-    const int pair = blockIdx.x, s = pair / H, h = pair % H;
-    const i64 start = PACKED ? offsets[s] : (i64)s * T;
-    const int tokens = PACKED ? (int)(offsets[s + 1] - start) : T;
+    const int pair = blockIdx.x, h = pair % H, each = APART ? (T + CHUNK - 1) / CHUNK : 1;
+    const int s = pair / H / each, begin = pair / H % each * CHUNK;
+    const i64 start = PACKED ? offsets[s] : (i64)s * T + begin;
+    const int tokens = PACKED ? (int)(offsets[s + 1] - start)
+                              : APART && T - begin > CHUNK ? CHUNK : T - begin;
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
-    const i64 chunk = PACKED ? start / CHUNK + s : (i64)s * chunks;
+    const i64 chunk = PACKED ? start / CHUNK + s : APART ? pair / H : (i64)s * chunks;
     const i64 stride = (i64)H * N, W_BYTES = W_FP32 ? 4 : 2;
-    const int group = warp_id() >> 2;
-    const bool walks = !PIPELINED || group == 0, by_channels = !PIPELINED || group == 1;
-    const bool prepares = !PIPELINED || group == 2;
-    float* unit_of_block = (float*)(shared_memory + UNIT);
     Rows E = {};
     float e_scale = 1;
-    if (dfinal && walks) read_rows(E, dfinal + (i64)pair * N * N);
-    for (int i = chunks - 1; i >= -PIPELINED; --i) {
-        if (prepares && i >= 0) {
-            char* shared = shared_memory + (i & PIPELINED) * BUFFER;
-            const int left = tokens - i * CHUNK;
-            const i64 at = (start + i * CHUNK) * stride + h * N;
-            load_rows(shared + W, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
-            load_rows(shared + R, r + at * 2, stride * 2, left, 2);
-            load_rows(shared + A, a + at * 2, stride * 2, left, 2);
-            load_rows(shared + B, b + at * 2, stride * 2, left, 2);
-            if (GRADIENTS) {
-                load_rows(shared + K, k + at * 2, stride * 2, left, 2);
-                load_rows(shared + V, v + at * 2, stride * 2, left, 2);
-            }
-            load_rows(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
-            rows_loaded(shared, left);
-            prepare(shared);
-        }
-        if (!PIPELINED) sync_block();
-        const int n = i + PIPELINED;  // what is walked
-        if (n < chunks && (walks || by_channels)) {
-            char* shared = shared_memory + (n & PIPELINED) * BUFFER;
-            const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
-            const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
-            Rows state;
-            u32 second[N / 16][4];
-            float after[4], v_scale = 1, unit = 1;
-            bool empty = false;
-            const int steps = (left + STEP - 1) / STEP;  // those behind have no tokens
-            const bool brief = steps < STEPS;
-            if (walks) e_scale = scale_back(shared, E, e_scale);
-            if (walks && GRADIENTS) {
-                u32 u[STEPS][4];
-                const float* saved_scale = states_scale + index * N;
-                v_scale = scale_values(shared, saved_scale, empty);
-                unit = v_scale * e_scale;
-                if (PIPELINED && threadIdx.x == 0) unit_of_block[0] = unit, unit_of_block[1] = empty;
-                read_saved(state, states + index * N * N, saved_scale, inverse_power(v_scale));
-                rebuild(shared, brief, state, u, second);
-                passing_on(shared, steps - 1, state, E);  // waits for all: W is no longer needed
-                if (!PIPELINED) arriving(shared, steps - 1, after);
-#pragma unroll
-                for (int step = 0; step < STEPS; ++step)
-                    store_transposed(shared + U, STEP * step, warp_id(), u[step]);
-            }
-#pragma unroll 1
-            for (int step = steps - 1; step >= 0; --step) {
-                float out[2][4] = {};
-                if (SHARED_TILE && GRADIENTS && step < STEPS - 1) {
-                    read_saved(state, states + index * N * N, states_scale + index * N,
-                               inverse_power(v_scale));
-                    rebuild_until(shared, step, state);
-                    store_state(state_tile(step), state);
-                }
-                if (!SHARED_TILE && walks && GRADIENTS && step == 1)
-#pragma unroll
-                    for (int block = 0; block < N / 16; ++block)
-                        store_left(state_tile(1), 16 * warp_id(), block, second[block]);
-                if (!SHARED_TILE && walks && GRADIENTS && step == 0) {
-                    read_saved(state, states + index * N * N, states_scale + index * N,
-                               inverse_power(v_scale));
-                    times_channels(state, step_to_middle(shared, 0));
-                    store_state(state_tile(0), state);
-                }
-                u32 dy_rows[4], z_rows[4];
-                if (walks) rows_back(shared, step, brief, E, out, dy_rows, z_rows);
-                if (walks && !(SHARED_TILE && GRADIENTS)) pass_back(shared, step, E, dy_rows, z_rows);
-                if (!GRADIENTS) continue;
-                sync_both();
-                if (walks) {
-                    u32 rounded[4];
-                    const float v_unit = step_scales(shared, step)[1] * e_scale;
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        rounded[j] = pack_input(out[j >> 1][(j & 1) * 2] * v_unit,
-                                                out[j >> 1][(j & 1) * 2 + 1] * v_unit);
-                    store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
-                }
-                if (by_channels) {
-                    if (PIPELINED && step == steps - 1) {
-                        arriving(shared, steps - 1, after);
-                        unit = unit_of_block[0], empty = unit_of_block[1] != 0;
-                        sync_channels();
-                    }
-                    Gradients d = {};
-                    score_gradients(shared, step, brief);
-                    if (SHARED_TILE) {  // the tile has the state; now that has been read, E
-                        through_states<true, false>(shared, step, d);
-                        sync_block();
-                        store_state(e_tile(step), E);
-                        pass_back(shared, step, E, dy_rows, z_rows);
-                    }
-                    sync_channels();
-                    through_scores(shared, step, step_squares(shared, step), d);
-                    through_states<!SHARED_TILE, true>(shared, step, d);
-                    sync_warp();
-                    finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left,
-                                unit, after, empty && step == 0);
-                }
-                if (!PIPELINED) sync_block();
-            }
-            if (by_channels && GRADIENTS) {
-                if (PIPELINED) sync_channels();
-                store_tile(dr + at * 2, shared + R, stride * 2, left);
-                store_tile(da + at * 2, shared + A, stride * 2, left);
-                store_tile(dk + at * 2, shared + K, stride * 2, left);
-                store_tile(db + at * 2, shared + B, stride * 2, left);
-            }
-            if (walks && GRADIENTS) {
-                if (PIPELINED) sync_walking();
-                store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
-            }
-        }
+    if (dfinal) read_rows(E, dfinal + (i64)pair * N * N);
+    char* const shared = shared_memory;
+    const auto load_chunk = [=](int n) {
+        const int left = tokens - n * CHUNK;
+        const i64 at = (start + n * CHUNK) * stride + h * N;
+        load_rows(shared + W_ROWS, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
+        load_rows(shared + R, r + at * 2, stride * 2, left, 2);
+        load_rows(shared + A, a + at * 2, stride * 2, left, 2);
+        load_rows(shared + B, b + at * 2, stride * 2, left, 2);
+        load_rows(shared + K, k + at * 2, stride * 2, left, 2);
+        load_rows(shared + V, v + at * 2, stride * 2, left, 2);
+        load_rows(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
+    };
+    if (chunks > 0) load_chunk(chunks - 1);
+    for (int n = chunks - 1; n >= 0; --n) {
+        const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
+        const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
+        rows_loaded(shared, left);
+        prepare(shared);
         sync_block();
+        Rows state;
+        u32 second[N / 16][4];
+        float after[4], v_scale = 1, unit = 1;
+        bool empty = false;
+        const int steps = (left + STEP - 1) / STEP;  // those behind have no tokens
+        const bool brief = steps < STEPS;
+        e_scale = scale_back(shared, E, e_scale);
+        u32 u[STEPS][4];
+        const float* saved_scale = states_scale + index * N;
+        v_scale = scale_values(shared, saved_scale, empty);
+        unit = v_scale * e_scale;
+        read_saved(state, states + index * N * N * 2, saved_scale, inverse_power(v_scale));
+        rebuild(shared, brief, state, u, second);
+        passing_on(shared, steps - 1, state, E);  // waits for all: W is no longer needed
+        arriving(shared, steps - 1, after);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            store_transposed(shared + U, STEP * step, warp_id(), u[step]);
+#pragma unroll 1
+        for (int step = steps - 1; step >= 0; --step) {
+            float out[2][4] = {};
+            if (SHARED_TILE && step < STEPS - 1) {
+                read_saved(state, states + index * N * N * 2, states_scale + index * N,
+                           inverse_power(v_scale));
+                rebuild_until(shared, step, state);
+                store_state(state_tile(step), state);
+            }
+            if (!SHARED_TILE && step == 1)
+#pragma unroll
+                for (int block = 0; block < N / 16; ++block)
+                    store_left(state_tile(1), 16 * warp_id(), block, second[block]);
+            if (!SHARED_TILE && step == 0) {
+                read_saved(state, states + index * N * N * 2, states_scale + index * N,
+                           inverse_power(v_scale));
+                times_channels(state, step_to_middle(shared, 0));
+                store_state(state_tile(0), state);
+            }
+            u32 dy_rows[4], z_rows[4];
+            rows_back(shared, step, brief, E, out, dy_rows, z_rows);
+            if (!SHARED_TILE) pass_back(shared, step, E, dy_rows, z_rows);
+            sync_block();
+            u32 rounded[4];
+            const float v_unit = step_scales(shared, step)[1] * e_scale;
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                rounded[j] = pack_input(out[j >> 1][(j & 1) * 2] * v_unit,
+                                        out[j >> 1][(j & 1) * 2 + 1] * v_unit);
+            store_transposed(shared + MOVE_BACK, STEP * step, warp_id(), rounded);
+            Gradients d = {};
+            score_gradients(shared, step, brief);
+            if (SHARED_TILE) {  // the tile has the state; now that has been read, E
+                through_states<true, false>(shared, step, d);
+                sync_block();
+                store_state(e_tile(), E);
+                pass_back(shared, step, E, dy_rows, z_rows);
+            }
+            sync_block();
+            through_scores(shared, step, step_squares(shared, step), d);
+            through_states<!SHARED_TILE, true>(shared, step, d);
+            sync_warp();
+            finish_step(shared, step, d, w + at * W_BYTES, dw + at * W_BYTES, stride, left,
+                        unit, after, empty && step == 0);
+            sync_block();
+        }
+        store_tile(dr + at * 2, shared + R, stride * 2, left);
+        store_tile(da + at * 2, shared + A, stride * 2, left);
+        store_tile(dk + at * 2, shared + K, stride * 2, left);
+        store_tile(db + at * 2, shared + B, stride * 2, left);
+        store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
+        if (n > 0) load_chunk(n - 1);
     }
-    if (walks) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
+    if (!APART) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
 }

@@ -3,7 +3,9 @@
 // Forward (BACK 0): the state before every segment, S ← S·M + B. Backward (BACK 1): the gradient of
 // the state after every segment, E ← E·Mᵀ + F. One block a (sequence, head), fp32 throughout.
 // Every array is [sequences · segments, H, N, N], but for `given`, [sequences, H, N, N] or null.
-#define BACKWARD BACK
+#define BACKWARD 0
+#define BY_STEP 1
+#define RELAY 0
 #define WITH_R 0
 #define WITH_K 0
 #define WITH_MOVE 0

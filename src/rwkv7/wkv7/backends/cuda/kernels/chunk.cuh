@@ -14,7 +14,10 @@ constexpr int N = HEAD;     // channels of a head, K = V
 constexpr int CHUNK = 64;   // tokens between two states in memory
 constexpr int STEP = 16;    // tokens between two states in registers
 constexpr int STEPS = CHUNK / STEP;
-constexpr int TILE = CHUNK * N * 2;
+// Where steps have nothing to do with each other until the state goes through them (BY_STEP), each lies by
+// itself in shared memory, and is step 0 of what lies there.
+constexpr int ROWS = BY_STEP ? STEP : CHUNK;
+constexpr int TILE = ROWS * N * 2;
 constexpr int PIECES = N / 8, PIECE_BITS = N > 64 ? 4 : 3;  // of 16 bytes, in a row of a tile
 // A step's channels are prepared 64 at a time, a part: all by one warp, or each by one of several.
 constexpr int PARTS = N / 64, WARPS_PER_STEP = WARPS / STEPS, OWN_PARTS = PARTS / WARPS_PER_STEP;
@@ -22,26 +25,37 @@ constexpr int OWN_BLOCKS = 4 * OWN_PARTS;  // of 16 channels
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOGIT_SCALE = 0.6065306597126334f;  // e^(-1/2)
 
-// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. w makes
-// room for what α loses to fp16, then for squares (see `prepare`). MOVE receives W = X·α, in the
-// forward pass over α.
-constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE;
+// Bytes into shared memory. The tiles hold the inputs first: r becomes ρ, k κ, b β, a α. W receives what
+// α loses to fp16, then squares (see `prepare`); w itself may take more room.
 constexpr int W_ROW = W_FP32 ? 4 * N : 2 * N;
-constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_ROW = 80;
-constexpr int RHO_LOW_ROW = N + 16;  // bytes; forward they lie where A_ab will be solved
-constexpr int SOLVE_STEP = BACKWARD ? 2 * 512 : STEP * RHO_LOW_ROW;
-constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP, FACTORS_STEP = 2 * N * 4;
-constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP, SCALES_STEP = 16;
+constexpr int SQUARE = 512, SOLVE_ROW = 80;
+constexpr int RHO_LOW_ROW = N + 16;  // bytes; by step they lie where A_ab will be solved
+constexpr int P_SQUARE = BY_STEP ? 0 : 2 * SQUARE;
+constexpr int FACTORS_STEP = 2 * N * 4, SCALES_STEP = 16;
+#if BY_STEP
+// What the walk reads comes first, then w, what is solved with, and b if nothing but a product of it is
+// read. LOWS: what κ and β lose to fp16; for the state a byte of each is enough, the upper ones of fp16
+// numbers, κ's above β's in one tile. Backward it is fp16 and of β alone, and W_b takes its place.
+constexpr int R = 0, A = TILE, K = WITH_K ? 2 * TILE : 0;
+constexpr int FACTORS = BACKWARD ? 2 * TILE : 4 * TILE, SCALES = FACTORS + FACTORS_STEP;
+constexpr int LOWS = SCALES + SCALES_STEP, B_LOW = LOWS, K_LOW = 0;
+constexpr int W = LOWS + TILE, W_ROWS = W_FP32 ? LOWS : W;
+constexpr int SOLVE = W + TILE, SOLVE_STEP = STEP * RHO_LOW_ROW;
+constexpr int B = BACKWARD ? SOLVE + SOLVE_STEP : 3 * TILE;
+constexpr int STEP_BYTES = BACKWARD ? B + TILE : SOLVE + SOLVE_STEP;
+// Where W = X·α goes, and backward W_b = Xᵀ·β.
+constexpr int MOVE = A, MOVE_BACK = B_LOW, KEY_BACK = 0;
+#else
+constexpr int R = 0, K = TILE, A = 2 * TILE, B = 3 * TILE, W = 4 * TILE, W_ROWS = W;
+constexpr int SOLVE = W + CHUNK * W_ROW, SOLVE_STEP = 2 * SQUARE;
+constexpr int FACTORS = SOLVE + STEPS * SOLVE_STEP;
+constexpr int SCALES = FACTORS + STEPS * FACTORS_STEP;
 constexpr int COMMON_BYTES = SCALES + STEPS * SCALES_STEP;
-// What κ and β lose to fp16: for the state a byte of each is enough, the upper ones of fp16 numbers,
-// κ's above β's in one tile.
-constexpr int LOWS = COMMON_BYTES;
-constexpr int PREPARED_BYTES = LOWS + TILE;
-// Backward they are fp16; then κ + Nᵀ·β and W_b = Xᵀ·β take their places.
-constexpr int MOVE = BACKWARD ? COMMON_BYTES : A;
-constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE;
+// MOVE receives W = X·α. What κ and β lose to fp16 makes room for κ + Nᵀ·β and W_b = Xᵀ·β.
+constexpr int MOVE = COMMON_BYTES;
+constexpr int K_LOW = MOVE + TILE, B_LOW = K_LOW + TILE, LOWS = 0;
 constexpr int KEY_BACK = K_LOW, MOVE_BACK = B_LOW;
-constexpr int SQUARE = 512;
+#endif
 
 // What a step keeps in shared memory beside its rows of the tiles.
 DEVICE char* step_squares(char* shared, int step) { return shared + W + step * STEP * W_ROW; }
@@ -76,7 +90,7 @@ DEVICE u32* channels_at(char* tile, int row, int part) {
     return (u32*)(tile + tile_at(row, 8 * part + (l >> 2)) + (l & 3) * 4);
 }
 // The step that a warp prepares, the first of its parts there, and a barrier for the step's warps.
-DEVICE int prepared_step() { return WARPS_PER_STEP == 1 ? member() : member() % STEPS; }
+DEVICE int prepared_step() { return BY_STEP ? 0 : WARPS_PER_STEP == 1 ? member() : member() % STEPS; }
 DEVICE int prepared_part() { return WARPS_PER_STEP == 1 ? 0 : member() / STEPS; }
 DEVICE void sync_step() {
     WARPS_PER_STEP == 1 ? sync_warp() : sync_group(1 + prepared_step(), 32 * WARPS_PER_STEP);
@@ -111,12 +125,12 @@ DEVICE void take_lows(u32 k[4], u32 b[4], const u32 lows[4]) {
 }
 
 // What ρ loses to fp16, for inputs of fp16 alone: the r·k of a few tokens may cancel, and then it shows.
-// Backward a tile, in W's place, forward the upper bytes; read before A_ab is solved there.
+// A tile, in W's place, or by step the upper bytes; read before A_ab is solved there.
 DEVICE char* step_rho_low(char* shared, int step) {
-    return BACKWARD ? shared + MOVE : step_inverse(shared, step);
+    return BY_STEP ? step_inverse(shared, step) : shared + MOVE;
 }
 DEVICE void store_rho_low(char* tile, int row, int part, u32 low) {
-    if (BACKWARD) {
+    if (!BY_STEP) {
         *channels_at(tile, row, part) = low;
         return;
     }
@@ -125,7 +139,7 @@ DEVICE void store_rho_low(char* tile, int row, int part, u32 low) {
         (u16)((bytes >> 8 & 0xffu) | (bytes >> 16 & 0xff00u));
 }
 DEVICE void left_rho_low(u32 x[4], const char* tile, int first, int block) {
-    if (BACKWARD) {
+    if (!BY_STEP) {
         left_operand(x, tile, first, block);
         return;
     }
@@ -147,9 +161,9 @@ DEVICE void rows_loaded(char* shared, int tokens) {
         const int row = first + i / N, channel = i % N;
         if (row < tokens) continue;
         if (W_FP32)
-            ((float*)(shared + W + row * W_ROW))[channel] = -1e30f;
+            ((float*)(shared + W_ROWS + row * W_ROW))[channel] = -1e30f;
         else
-            ((u16*)(shared + W + tile_at(row, channel >> 3)))[channel & 7] =
+            ((u16*)(shared + W_ROWS + tile_at(row, channel >> 3)))[channel & 7] =
                 INPUT_FP16 ? 0xfc00 : 0xff80;
     }
     sync_step();
@@ -167,10 +181,10 @@ DEVICE void find_decays(char* shared, int step, int part, Decays& d) {
     for (int j = 0; j < STEP; ++j) {
         float w0, w1;
         if (W_FP32) {
-            const float* row = (const float*)(shared + W + (first + j) * W_ROW) + channel;
+            const float* row = (const float*)(shared + W_ROWS + (first + j) * W_ROW) + channel;
             w0 = row[0], w1 = row[1];
         } else {
-            u32 x = *channels_at(shared + W, first + j, part);
+            u32 x = *channels_at(shared + W_ROWS, first + j, part);
             w0 = low_input(x), w1 = high_input(x);
         }
         g0 += log2_decay(w0), g1 += log2_decay(w1);
@@ -218,10 +232,10 @@ DEVICE void turn_operands(char* shared, int step, int part, const Decays& d, flo
         float b0 = low_input(*b) * (down0 * a_scale), b1 = high_input(*b) * (down1 * a_scale);
         *b = pack_half(b0, b1);
         const u32 b_low = pack_half(b0 - low_half(*b), b1 - high_half(*b));
-        if (BACKWARD)
-            *channels_at(shared + K_LOW, first + j, part) = k_low,
+        if (BACKWARD) {
+            if (WITH_K) *channels_at(shared + K_LOW, first + j, part) = k_low;
             *channels_at(shared + B_LOW, first + j, part) = b_low;
-        else
+        } else
             *channels_at(shared + LOWS, first + j, part) =
                 (k_low + HALF_BYTE & UPPER) | (b_low + HALF_BYTE & UPPER) >> 8;
         float a0 = low_input(*a) * (before0 * a_inverse);
@@ -279,7 +293,7 @@ DEVICE void invert(char* inverse, char* scratch, const float ab[2][4]) {
         }
         x[i] = sum;
     }
-    sync_warp();  // forward the squares overwrite what was solved
+    sync_warp();  // by step the squares overwrite what was solved
     char* square = inverse + (lane < 16 ? 0 : SQUARE);
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
@@ -410,7 +424,7 @@ DEVICE void find_squares(const char* inverse, char* squares, const float ak[2][4
         as_left_split(high, low, rb);
         rows_square(x_high, inverse), rows_square(x_low, inverse + SQUARE);
         multiply_split(p, high, low, x_high, x_low);
-        store_square(squares + 2 * SQUARE, p);
+        store_square(squares + P_SQUARE, p);
         if (WITH_K) {
             rows_square(x_high, squares), rows_square(x_low, squares + 3 * SQUARE);
             multiply_split(rk, high, low, x_high, x_low);
@@ -431,7 +445,7 @@ DEVICE void prepare(char* shared) {
     if (leads) {
         find_scores(shared, first, step_low(shared, step), step_rho_low(shared, step), ab, ak, rb, rk);
         if (INPUT_FP16) sync_warp();  // what ρ loses has been read
-        invert(inverse, BACKWARD ? shared + MOVE + first * 2 * N : inverse, ab);
+        invert(inverse, BY_STEP ? inverse : shared + MOVE + first * 2 * N, ab);
     }
     if (WARPS_PER_STEP > 1) sync_step();
     if (WITH_MOVE) find_move(shared, step, inverse);

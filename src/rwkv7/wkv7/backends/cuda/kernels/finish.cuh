@@ -120,10 +120,11 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
     }
 }
 
-// A whole tile of finished gradients to memory, by one group.
+// Finished gradients to memory: of a tile the rows that the warp will load again.
 DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
-    for (int i = group_thread(); i < CHUNK * PIECES; i += GROUP) {
-        const int row = i >> PIECE_BITS, piece = i & (PIECES - 1);
+    const int first = STEP * prepared_step();
+    for (int i = 32 * prepared_part() + lane_id(); i < STEP * PIECES; i += 32 * WARPS_PER_STEP) {
+        const int row = first + i / PIECES, piece = i % PIECES;
         if (row < left)
             *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
     }

@@ -18,25 +18,48 @@ struct Rows {
     float s[N / 8][4];
 };
 
-DEVICE void times_channels(Rows& state, const float* factor) {
-    const int p = (lane_id() & 3) * 2;
+// What a thread's elements of a row of the state are multiplied by.
+struct Channels {
+    float2 of[N / 8];
+};
+DEVICE void read_channels(Channels& factors, const float* from) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+        factors.of[n] = *(const float2*)(from + 8 * n + (lane_id() & 3) * 2);
+}
+
+DEVICE void times_channels(Rows& state, const Channels& factors) {
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
-        const float2 f = *(const float2*)(factor + 8 * n + p);
+        const float2 f = factors.of[n];
         state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
     }
 }
-
+DEVICE void times_channels(Rows& state, const float* factors) {
+    Channels read;
+    read_channels(read, factors);
+    times_channels(state, read);
+}
+DEVICE void times_channels(Channels& factors, const float* others) {
+    Channels read;
+    read_channels(read, others);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) factors.of[n].x *= read.of[n].x, factors.of[n].y *= read.of[n].y;
+}
 // The state after a step, referenced as the next one's: both factors at once.
-DEVICE void times_channels(Rows& state, const float* one, const float* other) {
-    const int p = (lane_id() & 3) * 2;
+DEVICE void times_channels(Rows& state, const Channels& one, const float* other) {
+    Channels both;
+    read_channels(both, other);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
-        float2 f = *(const float2*)(one + 8 * n + p);
-        const float2 g = *(const float2*)(other + 8 * n + p);
-        f.x *= g.x, f.y *= g.y;
-        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+        const float x = one.of[n].x * both.of[n].x, y = one.of[n].y * both.of[n].y;
+        state.s[n][0] *= x, state.s[n][1] *= y, state.s[n][2] *= x, state.s[n][3] *= y;
     }
+}
+DEVICE void times_channels(Rows& state, const float* one, const float* other) {
+    Channels first;
+    read_channels(first, one);
+    times_channels(state, first, other);
 }
 
 DEVICE void times(Rows& state, float factor) {
@@ -47,13 +70,17 @@ DEVICE void times(Rows& state, float factor) {
 }
 
 DEVICE float largest(const Rows& state) {
-    float most = 0;
+    float most[4] = {};  // four at a time: none waits for the one before
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(state.s[n][i]));
-    return most;
+        for (int i = 0; i < 4; ++i) most[i] = fmaxf(most[i], fabsf(state.s[n][i]));
+    return fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
 }
+
+// Where a thread has 16 bytes of the warp's rows in fp16, as saved states lie: elements [q][p], [q][p+1],
+// [q+8][p], [q+8][p+1] of two tiles side by side.
+DEVICE int saved_at(int pair) { return 16 * (N * first_row() / 8 + 32 * pair + lane_id()); }
 
 // state [V, K] of fp32 in memory: to registers, and back.
 DEVICE void read_rows(Rows& state, const float* from) {

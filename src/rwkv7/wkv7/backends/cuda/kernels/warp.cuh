@@ -74,6 +74,12 @@ DEVICE void copy_16(void* to, const void* from, bool valid) {
                  "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What was copied since the last call is a batch; waits until but the last PENDING batches are done.
+DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void batches_done() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // Two numbers rounded to fp16 (bf16), the first in the low half.
 DEVICE u32 pack_half(float low, float high) {
@@ -112,6 +118,10 @@ DEVICE u32 max_pair_bf16(u32 x, u32 y) {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
     return r;
 }
+// The largest over the warp of numbers that are not negative: their bits have the same order.
+DEVICE float warp_max(float x) {
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+}
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -122,12 +132,16 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_group(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// Counts as there, but does not wait.
+DEVICE void arrive_group(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
 
-// A group of warps does a chunk's work together, four forward, which have 64 rows of the state [V, K];
-// backward, where gradients are sums over V, as many as have all rows. A block may have several groups.
-constexpr int WARPS = BACKWARD ? HEAD / 16 : 4, GROUP = 32 * WARPS;
+// A group of warps does a chunk's work together: four, which have 64 rows of the state [V, K]; where
+// gradients are sums over V, as many as have all rows. A block may have several groups.
+constexpr int WARPS = BY_STEP ? 4 : HEAD / 16, GROUP = 32 * WARPS;
 DEVICE int member() { return warp_id() & (WARPS - 1); }
 DEVICE int group_thread() { return threadIdx.x & (GROUP - 1); }
 
@@ -136,12 +150,7 @@ DEVICE float high_half(u32 x) { return half_value((u16)(x >> 16)); }
 DEVICE float low_bf16(u32 x) { return from_bits(x << 16); }
 DEVICE float high_bf16(u32 x) { return from_bits(x & 0xffff0000u); }
 
-// The largest of x over the warp, or over the four lanes that share a row of a fragment.
-DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int mask = 16; mask; mask >>= 1) x = fmaxf(x, shuffle_xor(x, mask));
-    return x;
-}
+// The largest of x over the four lanes that share a row of a fragment.
 DEVICE float row_max(float x) {
     x = fmaxf(x, shuffle_xor(x, 1));
     return fmaxf(x, shuffle_xor(x, 2));
