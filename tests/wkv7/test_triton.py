@@ -10,9 +10,10 @@ import torch
 from triton_interpreter import load
 
 from rwkv7.wkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7.backends.triton import plan
 from rwkv7.wkv7.contract import log_decay
 
-load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "gradients")
+load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "outputs", "gradients")
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
@@ -90,6 +91,14 @@ def test_packed(decay):
         inputs(1, 135, 2, 16, 8, decay), decay=decay, cu_seqlens=offsets,
         state=torch.randn(6, 2, 8, 16),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["y", "state", "both"])
+def test_walks_of_a_full_card(through, monkeypatch):
+    monkeypatch.setattr(plan, "FEW_PAIRS", 0)
+    offsets = torch.tensor([0, 0, 1, 66, 136])
+    call = inputs(1, 136, 1, 16, 24)
+    compare(call, through=through, cu_seqlens=offsets, state=torch.randn(4, 1, 24, 16))
 
 
 @pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20), (80, 128)])

@@ -11,7 +11,7 @@ import torch
 from triton_interpreter import load
 from wkv7.cases import FEW_CHANNELS, Case, Place, failures
 
-load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "gradients")
+load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "outputs", "gradients")
 BF16 = torch.bfloat16
 ONE = {"B": 1, "H": 1}
 # Tokens whose decays span all that a chunk can: what fp16 operands hold only with a power each.
@@ -69,6 +69,15 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rounding")
 def test_within_the_bounds(case: Case, dtype: torch.dtype) -> None:
     assert not failures(case, Place("triton"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("rounding")
+def test_walks_of_a_full_card(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv7.wkv7.backends.triton import plan
+
+    monkeypatch.setattr(plan, "FEW_PAIRS", 0)
+    assert not failures(Case(T=130, K=64, V=64, state="random", **ONE), Place("triton"), dtype)
 
 
 @pytest.mark.usefixtures("rounding")

@@ -11,14 +11,16 @@ from rwkv7.wkv7.contract import Call
 
 from .kernels.gradients import chunk_gradients
 from .kernels.maps import chunk_maps
+from .kernels.outputs import chunk_outputs
 from .kernels.walks import walk_states, walk_states_back
 from .plan import (
     CHUNK,
     GRADIENTS,
     MAPS,
+    OUTPUTS,
     chunk_block,
+    gradients_part,
     products,
-    walk_back_for,
     walk_for,
 )
 
@@ -53,12 +55,14 @@ class Kept:
 
     @staticmethod
     def shapes(call: Call, save: bool) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shape and dtype of each field, in order; empty where only a backward pass needs it."""
+        """Shape and dtype of each field, in order; empty where only a backward pass needs it, and
+        the states where the walk needs none."""
         _, _, H, K, V = call.sizes
         n, C = chunk_count(call), CHUNK
         m = n if save else 0
-        words = ((m, H, V), (n, H, 2 * K), (n, H, 7 * C))
-        maps = ((m, H, V, K), (n, H, K, K), (n, H, C, K), (n, H, C, C), (n, H, C, K))
+        s = m if walk_for(call).outputs else n
+        words = ((s, H, V), (n, H, 2 * K), (n, H, 7 * C))
+        maps = ((s, H, V, K), (n, H, K, K), (n, H, C, K), (n, H, C, C), (n, H, C, K))
         backward = ((m, H, C, K), (m, H, C, K), (m, H, C, C))
         narrow = map_dtype(call)
         # fp16 inputs are held to finer bounds than an fp16 `move` keeps: see walk_product.
@@ -119,9 +123,11 @@ def forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
         kept.ends, kept.move, kept.query, kept.direct, kept.write, kept.scale, call.v,
         call.state, y, final, kept.states, kept.states_scale,
         call.cu_seqlens, T, H, **sizes, V=V, BV=walk.rows,
-        PACKED=packed, GIVEN=call.state is not None, SAVE=save, HOW=how,
-        num_warps=walk.warps, num_stages=walk.stages,
+        PACKED=packed, GIVEN=call.state is not None, SAVE=save or not walk.outputs,
+        OUT=walk.outputs, HOW=how, num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
+    if not walk.outputs:
+        _outputs(call, kept.query, kept, call.v, kept.states, kept.states_scale, y, back=False)
     return y, final
 
 
@@ -140,19 +146,43 @@ def backward(
     sizes = {"K": K, "V": V, "BK": chunk_block(K), "C": CHUNK}
     inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
     dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in inputs)
-    walk = walk_back_for(call)
+    walk = walk_for(call)
     walk_states_back[(S * H, -(-V // walk.rows))](
         kept.ends, kept.move, kept.query, kept.direct, kept.write, kept.scale,
         dy, dfinal, dstates, dstates_scale, dstate, dv,
         call.cu_seqlens, T, H, **sizes, BV=walk.rows,
-        PACKED=packed, HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None, HOW=how,
-        num_warps=walk.warps, num_stages=walk.stages,
+        PACKED=packed, HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None,
+        OUT=walk.outputs, HOW=how, num_warps=walk.warps, num_stages=walk.stages,
     )  # fmt: skip
+    if not walk.outputs:
+        _outputs(call, kept.write, kept, dy, dstates, dstates_scale, dv, back=True)
     chunk_gradients[(n * H,)](
         *inputs, dy, kept.ends, kept.remove, kept.replace, kept.joint, kept.scale,
         kept.states, kept.states_scale, dstates, dstates_scale, dr, dw, dk, da, db,
         call.cu_seqlens, S, T, H, K=K, V=V, BK=64, BV=chunk_block(V), C=CHUNK,
-        LOGIT=call.decay == "logit", PACKED=packed, HAS_DY=dy is not None, HOW=how,
+        PART=gradients_part(call.v), LOGIT=call.decay == "logit", PACKED=packed,
+        HAS_DY=dy is not None, HOW=how,
         num_warps=GRADIENTS.warps, num_stages=GRADIENTS.stages,
     )  # fmt: skip
     return dr, dw, dk, dv, da, db, dstate
+
+
+def _outputs(
+    call: Call,
+    rows: Tensor,
+    kept: Kept,
+    x: Tensor | None,
+    states: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    *,
+    back: bool,
+) -> None:
+    """y, or dv with back, where the walk leaves it to a kernel over all chunks."""
+    _, T, H, K, V = call.sizes
+    chunk_outputs[(chunk_count(call) * H, -(-V // 64))](
+        rows, kept.direct, kept.scale, x, states, scale, out, call.cu_seqlens,
+        call.sequences, T, H, K=K, V=V, BK=chunk_block(K), BV=64, C=CHUNK,
+        PACKED=call.cu_seqlens is not None, GIVEN=x is not None, BACK=back,
+        HOW=products(call.v), num_warps=OUTPUTS.warps, num_stages=OUTPUTS.stages,
+    )  # fmt: skip

@@ -32,21 +32,25 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Walk(Launch):
-    """A walk over chunks; rows: how many rows of V one program carries."""
+    """A walk over chunks; rows: how many rows of V one program carries; outputs: whether it also
+    makes y or dv, which are else left to a kernel over all chunks at once."""
 
     rows: int = 64
+    outputs: bool = True
 
 
-# The chunked route. Measured on an H100 (bf16): 8 warps are slower (a tile of 64 rows has work for
-# four), a pipeline gains nothing but in a walk with few programs.
+# The chunked route. Measured on Hopper (bf16): 8 warps are slower (a tile of 64 rows has work for
+# four), and so are fewer registers a thread with three or four programs a multiprocessor; a
+# pipeline gains nothing but in a walk with few programs.
 MAPS = Launch(warps=4)
 GRADIENTS = Launch(warps=4)
+# Channels of K at a time: 64 spill five times the registers that 32 do. For fp16 inputs all chunks'
+# tiles of two numbers must be in shared memory then, more than cards other than Hopper's have.
+GRADIENTS_PART, GRADIENTS_PART_PAIRS = 32, 64
 WALK = Walk(warps=4, rows=64)
-WALK_FEW = Walk(warps=4, stages=3, rows=32)
-WALK_BACK = Walk(warps=4, rows=64)
-WALK_BACK_FEW = Walk(warps=4, stages=3, rows=32)
-# Above K = 64 a pipeline of three chunks leaves no shared memory; not measured.
-WALK_FEW_WIDE = Walk(warps=4, stages=2, rows=32)
+# Few walks are as slow as their chain of steps: it is kept short, and V is cut over more programs.
+WALK_FEW = Walk(warps=4, stages=3, rows=16, outputs=False)
+OUTPUTS = Launch(warps=4)
 # With fewer (sequence, head) pairs than this a card is not full, and V is cut further.
 FEW_PAIRS = 256
 
@@ -94,22 +98,18 @@ def _exact_on_gpu(call: Call) -> bool:
 
 
 def walk_for(call: Call) -> Walk:
-    """The forward walk: rows of V are cut where pairs are few."""
-    return (WALK_FEW_WIDE if _wide(call) else WALK_FEW) if _few(call) else WALK
-
-
-def walk_back_for(call: Call) -> Walk:
-    """The walk back, cut likewise."""
-    return (WALK_FEW_WIDE if _wide(call) else WALK_BACK_FEW) if _few(call) else WALK_BACK
-
-
-def _wide(call: Call) -> bool:
-    return call.sizes[3] > CHUNK_LARGEST_ELSEWHERE
+    """The walk over states, and that over their gradients: V is cut where pairs are few."""
+    return WALK_FEW if _few(call) else WALK
 
 
 def _few(call: Call) -> bool:
     # Sequences count unless the call must not depend on its batch.
     return call.sizes[2] * (1 if call.invariant else call.sequences) < FEW_PAIRS
+
+
+def gradients_part(v: torch.Tensor) -> int:
+    """How many channels of K the gradients are made of at a time."""
+    return GRADIENTS_PART_PAIRS if products(v) == "halves" else GRADIENTS_PART
 
 
 def token_rows(K: int, V: int) -> int:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .tiles import (
     chunk_bounds,
+    counting,
     halved,
     log2_decay,
     lower_inverse,
@@ -79,6 +80,7 @@ def chunk_maps(
     b_ptr += first * K
     at_k = (t * (H * K))[:, None] + kc[None, :]
     below = t[:, None] > t[None, :]
+    above = t[:, None] < t[None, :]
     upto = t[:, None] >= t[None, :]
     index = tl.program_id(0).to(tl.int64)
     move_ptr += index * (K * K)
@@ -95,26 +97,34 @@ def chunk_maps(
     in_cc = t1[:, None] & t1[None, :]
 
     # Rows past the end have decay 1 and zeros elsewhere. Exponents are taken from the middle of the
-    # chunk: at RWKV-7's strongest decay they stay within ±C·0.44.
-    decay = tl.where(kk, log2_decay(tl.load(w_ptr + at_k, kk, other=0.0), LOGIT), 0.0)
-    g = tl.cumsum(decay, 0)
+    # chunk: at RWKV-7's strongest decay they stay within ±C·0.44. Every tile is asked for long
+    # before its use: what waits for memory here has no other program to hide behind.
+    w = tl.load(w_ptr + at_k, kk, other=0.0)
+    a = tl.load(a_ptr + at_k, kk, other=0.0)
+    b = tl.load(b_ptr + at_k, kk, other=0.0)
+    PRECISION: tl.constexpr = "tf32" if HOW != "ieee" else HOW  # fp16 operands take no notice
+    no_cc = tl.zeros([C, C], tl.float32)
+    no_ck = tl.zeros([C, BK], tl.float32)
+    decay = tl.where(kk, log2_decay(w, LOGIT), 0.0)
     middle = tl.sum(tl.where((t < C // 2)[:, None], decay, 0.0), 0)
     last = tl.sum(decay, 0)
-    g -= middle[None, :]
+    g = multiply(tl.trans(counting(C, 0)), decay, no_ck, HOW)
+    alpha = a.to(tl.float32) * tl.exp2(multiply(tl.trans(counting(C, 1)), decay, no_ck, HOW))
+    beta = b.to(tl.float32) * tl.exp2(-g)
     to_start = tl.exp2(middle)
     to_end = tl.exp2(last - middle)
     tl.store(ends_ptr + index * (2 * K) + kc, to_start, k1)
     tl.store(ends_ptr + index * (2 * K) + K + kc, to_end, k1)
-    PRECISION: tl.constexpr = "tf32" if HOW != "ieee" else HOW  # fp16 operands take no notice
-    no_cc = tl.zeros([C, C], tl.float32)
-    no_ck = tl.zeros([C, BK], tl.float32)
-    alpha = tl.load(a_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g - decay)
-    beta = tl.load(b_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
-    A_ab = tl.where(below, multiply(alpha, beta, no_cc, HOW, YT=True), 0.0)
-    X = lower_inverse(A_ab, C, HOW)
-
+    if SAVE:
+        store_power(alpha, scale_ptr + 3 * C, HOW)
+        store_power(beta, scale_ptr + 4 * C, HOW)
     # What is referenced to the chunk's start or end does not exceed a, b, k: fp16 holds it.
     ending = narrow(beta * to_end[None, :], HOW)
+    A_ab = tl.where(below, multiply(alpha, beta, no_cc, HOW, YT=True), 0.0)
+    X = lower_inverse(A_ab, C, HOW)
+    k = tl.load(k_ptr + at_k, kk, other=0.0)
+    r = tl.load(r_ptr + at_k, kk, other=0.0)
+
     W = multiply(X, alpha, no_ck, HOW) * to_start[None, :]
     if HOW != "ieee" and move_ptr.dtype.element_ty == tl.float32:
         M = multiply(W, beta * to_end[None, :], tl.zeros([BK, BK], tl.float32), HOW, XT=True)
@@ -122,24 +132,24 @@ def chunk_maps(
     else:
         W = narrow(W, HOW)
         M = tl.dot(tl.trans(W), ending, input_precision=PRECISION)
+    if SAVE:
+        tl.store(remove_ptr + ck, W, in_ck)
     square = move_ptr + kc[:, None] * K + kc[None, :]
     tl.store(square, M.to(move_ptr.dtype.element_ty), k1[:, None] & k1[None, :])
-    if SAVE:
-        store_power(alpha, scale_ptr + 3 * C, HOW)
-        store_power(beta, scale_ptr + 4 * C, HOW)
-        tl.store(remove_ptr + ck, W, in_ck)
-        W_b = multiply(X, beta, no_ck, HOW, XT=True) * to_end[None, :]
-        tl.store(replace_ptr + ck, narrow(W_b, HOW), in_ck)
-    kappa = tl.load(k_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(-g)
-    A_ak = tl.where(below, multiply(alpha, kappa, no_cc, HOW, YT=True), 0.0)
-    N = narrow(multiply(X, A_ak, no_cc, HOW), HOW)
+    kappa = k.to(tl.float32) * tl.exp2(-g)
     if SAVE:
         store_power(kappa, scale_ptr + 5 * C, HOW)
+    # α·κᵀ as (κ·αᵀ)ᵀ: α is then read from shared memory, where X·α has put it.
+    A_ka = tl.where(above, multiply(kappa, alpha, no_cc, HOW, YT=True), 0.0)
+    N = narrow(multiply(X, A_ka, no_cc, HOW, YT=True), HOW)
     R = tl.dot(tl.trans(N), ending, acc=kappa * to_end[None, :], input_precision=PRECISION)
     tl.store(write_ptr + ck, narrow(R, HOW), in_ck)
+    if SAVE:
+        W_b = multiply(X, beta, no_ck, HOW, XT=True) * to_end[None, :]
+        tl.store(replace_ptr + ck, narrow(W_b, HOW), in_ck)
 
     # What carries the size of r is divided by a power of two a row; the rest is near 1.
-    rho = tl.load(r_ptr + at_k, kk, other=0.0).to(tl.float32) * tl.exp2(g)
+    rho = r.to(tl.float32) * tl.exp2(g)
     A_rb = tl.where(upto, multiply(rho, beta, no_cc, HOW, YT=True), 0.0)
     if SAVE:
         store_power(rho, scale_ptr + 6 * C, HOW)

@@ -242,7 +242,14 @@ def hat_values(high: tl.tensor, low: tl.tensor, HOW: tl.constexpr):
 
 
 @triton.jit
-def hat_dot(x, x_low, y, y_low, acc, HOW: tl.constexpr):
+def hat_dot(
+    x: tl.tensor,
+    x_low: tl.tensor,
+    y: tl.tensor,
+    y_low: tl.tensor,
+    acc: tl.tensor,
+    HOW: tl.constexpr,
+):
     """acc + x·y of two operands from `split_hat`."""
     if HOW == "ieee":
         acc = tl.dot(x, y, acc=acc, input_precision="ieee")

@@ -1,7 +1,8 @@
 """The two walks over a sequence's chunks: the state forward, its gradient backward.
 
 One program walks one sequence of one head with a block of the state's rows [BV, K] in registers.
-What a chunk does was prepared by maps.py.
+What a chunk does was prepared by maps.py. With OUT the walk also makes what the chunk gives out, y
+or dv; else the walk is as short as can be, and `chunk_outputs` makes that for all chunks at once.
 """
 
 import triton
@@ -19,7 +20,14 @@ from .tiles import (
 
 
 @triton.jit
-def walk_product(S, half, power, M, HOW: tl.constexpr, TRANSPOSED: tl.constexpr):
+def walk_product(
+    S: tl.tensor,
+    half: tl.tensor,
+    power: tl.tensor,
+    M: tl.tensor,
+    HOW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
     """S·M, or S·Mᵀ: of S as `halved` gives it where M is fp16, of S itself where M is fp32.
 
     S·D + S·M is smaller than either where a chunk forgets much, so for fp16 inputs, held to finer
@@ -57,9 +65,10 @@ def walk_states(
     PACKED: tl.constexpr,
     GIVEN: tl.constexpr,
     SAVE: tl.constexpr,
+    OUT: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """y and the final state; with SAVE the state before every chunk, states [n, H, V, K]
+    """The final state, and y with OUT; with SAVE the state before every chunk, states [n, H, V, K]
     and the powers of two of its rows, states_scale [n, H, V]."""
     pair = tl.program_id(0)
     s = pair // H
@@ -86,14 +95,15 @@ def walk_states(
         )
         ck = index * (C * K) + (t[:, None] * K + kc[None, :])
         in_ck = (t < C)[:, None] & k1[None, :]
-        Q = tl.load(query_ptr + ck, in_ck, other=0.0)
         R = tl.load(write_ptr + ck, in_ck, other=0.0).to(tl.float32)
-        cc = index * (C * C) + (t[:, None] * C + t[None, :])
-        G = load_scaled(direct_ptr + cc, (t[:, None] < C) & (t[None, :] < C), scale + C, t < C)
         at_v = ((start + n * C) * H + h) * V + (t * (H * V))[:, None] + vc[None, :]
         vv = (n * C + t < tokens)[:, None] & v1[None, :]
         v = factor(v_ptr + at_v, vv, HOW)
-        Y = multiply(G, v, tl.zeros([C, BV], tl.float32), HOW)
+        if OUT:
+            Q = tl.load(query_ptr + ck, in_ck, other=0.0)
+            cc = index * (C * C) + (t[:, None] * C + t[None, :])
+            G = load_scaled(direct_ptr + cc, (t[:, None] < C) & (t[None, :] < C), scale + C, t < C)
+            Y = multiply(G, v, tl.zeros([C, BV], tl.float32), HOW)
         B = multiply(v, R, tl.zeros([BV, BK], tl.float32), HOW, XT=True)
         D = tl.load(ends_ptr + index * (2 * K) + kc, k1, other=0.0)
         D *= tl.load(ends_ptr + index * (2 * K) + K + kc, k1, other=0.0)
@@ -106,14 +116,17 @@ def walk_states(
                 tl.store(kept, half, inside)
             S_M = walk_product(S, half, power, M, HOW, False)
             S = S * D[None, :] + B + S_M
-            rows = tl.load(scale, t < C, other=0.0)
-            Y += tl.dot(Q, tl.trans(half)) * rows[:, None] * power[None, :]
+            if OUT:
+                rows = tl.load(scale, t < C, other=0.0)
+                Y += tl.dot(Q, tl.trans(half)) * rows[:, None] * power[None, :]
         else:
             if SAVE:
                 tl.store(kept, S, inside)
-            Y = tl.dot(Q, tl.trans(S), acc=Y, input_precision=HOW)
+            if OUT:
+                Y = tl.dot(Q, tl.trans(S), acc=Y, input_precision=HOW)
             S = tl.dot(S, M, acc=S * D[None, :] + B, input_precision=HOW)
-        tl.store(y_ptr + at_v, Y.to(y_ptr.dtype.element_ty), vv)
+        if OUT:
+            tl.store(y_ptr + at_v, Y.to(y_ptr.dtype.element_ty), vv)
     tl.store(final_ptr + pair.to(tl.int64) * (V * K) + square, S, inside)
 
 
@@ -142,10 +155,11 @@ def walk_states_back(
     PACKED: tl.constexpr,
     HAS_DY: tl.constexpr,
     HAS_DFINAL: tl.constexpr,
+    OUT: tl.constexpr,
     HOW: tl.constexpr,
 ):
     """The gradient of the state after every chunk, dstates [n, H, V, K] with dstates_scale
-    [n, H, V], and of the initial one; dv [B·T, H, V]."""
+    [n, H, V], and of the initial one; with OUT also dv [B·T, H, V]."""
     pair = tl.program_id(0)
     s = pair // H
     h = pair % H
@@ -177,14 +191,16 @@ def walk_states_back(
         in_ck = (t < C)[:, None] & k1[None, :]
         at_v = ((start + n * C) * H + h) * V + (t * (H * V))[:, None] + vc[None, :]
         vv = (n * C + t < tokens)[:, None] & v1[None, :]
-        R = tl.load(write_ptr + ck, in_ck, other=0.0)
-        dv = tl.zeros([C, BV], tl.float32)
+        if OUT:
+            R = tl.load(write_ptr + ck, in_ck, other=0.0)
+            dv = tl.zeros([C, BV], tl.float32)
         if HAS_DY:
             scale = scale_ptr + index * (7 * C)
             Q = load_scaled(query_ptr + ck, in_ck, scale + t, t < C)
             dy = factor(dy_ptr + at_v, vv, HOW)
-            G = load_transposed(direct_ptr + index * (C * C), scale + C, C, HOW)
-            dv = multiply(G, dy, dv, HOW)
+            if OUT:
+                G = load_transposed(direct_ptr + index * (C * C), scale + C, C, HOW)
+                dv = multiply(G, dy, dv, HOW)
             F = multiply(dy, Q, F, HOW, XT=True)
         kept = dstates_ptr + index * (V * K) + square
         if HOW != "ieee":
@@ -192,11 +208,14 @@ def walk_states_back(
             half = (E * (1.0 / power)[:, None]).to(tl.float16)
             tl.store(dstates_scale + index * V + vc, power, v1)
             tl.store(kept, half, inside)
-            dv += tl.dot(R, tl.trans(half)) * power[None, :]
+            if OUT:
+                dv += tl.dot(R, tl.trans(half)) * power[None, :]
             E = F + walk_product(E, half, power, M, HOW, True)
         else:
             tl.store(kept, E, inside)
-            dv = tl.dot(R, tl.trans(E), acc=dv, input_precision=HOW)
+            if OUT:
+                dv = tl.dot(R, tl.trans(E), acc=dv, input_precision=HOW)
             E = tl.dot(E, tl.trans(M), acc=F, input_precision=HOW)
-        tl.store(dv_ptr + at_v, dv.to(dv_ptr.dtype.element_ty), vv)
+        if OUT:
+            tl.store(dv_ptr + at_v, dv.to(dv_ptr.dtype.element_ty), vv)
     tl.store(dstate_ptr + pair.to(tl.int64) * (V * K) + square, E, inside)
