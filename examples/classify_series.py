@@ -36,11 +36,11 @@ class Classifier(nn.Module):
         self, series: Tensor, states: list[LayerState | None] | None = None
     ) -> tuple[Tensor, list[LayerState | None]]:
         """The logits and the states to go on with."""
-        x, v_first, after = self.inputs(series[..., None]), None, []
+        x, added, v_first, after = self.inputs(series[..., None]), None, None, []
         for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-            x, v_first, state = block(x, v_first, state)
+            x, added, v_first, state = block(x, added, v_first, state)
             after.append(state)
-        return self.classes(self.norm(x[:, -1])), after
+        return self.classes(self.norm((x + added)[:, -1])), after
 
 
 def make_series(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

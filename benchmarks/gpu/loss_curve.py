@@ -1,10 +1,11 @@
 """Two models that learn the same real text: this library's recipe, and FLA's model as it comes.
 
-    python benchmarks/gpu/loss_curve.py OUT [--limit 570] [--steps 2000]
+    python benchmarks/gpu/loss_curve.py OUT [--limit 570] [--steps 2000] [--text FILE]
     python benchmarks/gpu/loss_curve.py OUT --draw PICTURE.png     # train nothing, draw the newest
 
-Bytes of the King James text that comes with the package; both sides see the same windows in the
-same order, and the learning rate follows the same schedule. The losses of all steps are kept.
+Bytes of a file, or of the King James text that comes with the package; both sides see the same
+windows in the same order, and the learning rate follows the same schedule. A text of more than
+steps x batch x window bytes is read once, a shorter one again. The losses of all steps are kept.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ def main() -> None:
         batch=options.batch,
         lr=options.lr,
         lr_final=options.lr / 10,
+        seed=options.seed,
     )
     record = Record(options.out, "loss_curve", device, about=__doc__, limit=options.limit)
-    record.keep({"part": "settings", **settings.to_dict()})
+    about = _about(options.text)
+    record.keep({"part": "settings", "text": about, **settings.to_dict()})
     for side in options.sides.split(","):
         train = functools.partial(_side, side, settings, options, record)
         record.part(side, train, needs=30)
@@ -67,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit", type=float, default=570, help="seconds for all of it")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--text", type=Path, help="what is learnt; default: the King James text")
     parser.add_argument("--sides", default=",".join(LABELS))
     parser.add_argument(
         "--draw", type=Path, metavar="PICTURE", help="of what OUT has, .png or .svg"
@@ -78,8 +82,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the order")
     parser.add_argument("--products", default="bfloat16", help="dtype of matrix products")
     return parser.parse_args()
+
+
+def _text(file: Path | None) -> bytes:
+    return load_text() if file is None else file.read_bytes()
+
+
+def _about(file: Path | None) -> str:
+    if file is None:
+        return "King James text"
+    return f"{file.stem.replace('_', ' ')}, {len(_text(file)) / 1e6:.1f} MB"
 
 
 def _side(
@@ -103,7 +118,9 @@ def _train(
 ) -> dict[str, Any]:
     """All steps of one side, unless the time runs out, and then the held-out text."""
     device, tokenizer = record.device, ByteTokenizer()
-    train, held_out = (np.array(tokenizer.encode(text), np.int64) for text in split(load_text()))
+    train, held_out = (
+        np.array(tokenizer.encode(text), np.int64) for text in split(_text(options.text))
+    )
     source = Windows(train, window=settings.window, batch=settings.batch, seed=settings.seed)
     began, stop = time.perf_counter(), _share(side, options, record)
     losses: list[float] = []
@@ -187,7 +204,9 @@ def draw(folder: Path, picture: Path) -> None:
     panel.grid(color="0.9")
     panel.legend(frameon=False)
     devices = " and ".join(dict.fromkeys(run["device"] for run in runs))
-    figure.suptitle(f"King James text: same sizes, windows, order, schedule ({devices})")
+    texts = {part["text"] for run in runs for part in run["parts"] if "text" in part}
+    text = " and ".join(sorted(texts)) or _about(None)
+    figure.suptitle(f"{text}: same sizes, windows, order, schedule ({devices})")
     suffix = picture_format(picture)
     write_atomically(picture, lambda file: figure.savefig(file, dpi=150, format=suffix))
 

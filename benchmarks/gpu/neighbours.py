@@ -39,7 +39,7 @@ class Neighbour(NamedTuple):
     function: Callable[..., tuple[Tensor, ...]]
     activations: tuple[tuple[int, ...], ...]
     parameters: tuple[tuple[int, ...], ...]
-    wide: bool = False  # under autocast the activations are float32: a layer norm made them
+    wide: int = 0  # how many activations, the first, are float32 under autocast: the residual
 
 
 def main() -> None:
@@ -70,16 +70,21 @@ def _neighbours(B: int, T: int, C: int) -> dict[str, Neighbour]:
     H, N = C // HEAD_SIZE, HEAD_SIZE
     token, heads, channels = (B, T, C), (B, T, H, N), (C,)
 
-    def shift(x: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-        return shifted_mixes(x, None, None, mixes)[0]
+    def shift(x: Tensor, added: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        *mixes, weight, bias = vectors
+        norm = torch.nn.LayerNorm(C, device="meta")
+        del norm.weight, norm.bias  # to take those with gradients, as they are
+        norm.weight, norm.bias = weight, bias
+        found = shifted_mixes(x, added, norm, None, None, tuple(mixes))
+        return (*found.mixed, found.x)
 
     def output(*tensors: Tensor) -> tuple[Tensor, ...]:
         return (gated_output(*tensors, 1e-5 * N),)
 
     return {
-        "shift, six mixes": Neighbour(shift, (token,), (channels,) * 6, wide=True),
-        "shift, one mix": Neighbour(shift, (token,), (channels,), wide=True),
-        "keys": Neighbour(lambda *x: key_operands(*x, H), (token,) * 2, (channels,) * 3),
+        "shift, six mixes": Neighbour(shift, (token,) * 2, (channels,) * 8, wide=1),
+        "shift, one mix": Neighbour(shift, (token,) * 2, (channels,) * 3, wide=1),
+        "keys": Neighbour(lambda *x: key_operands(*x, H), (token,) * 3, (channels,) * 4),
         "output": Neighbour(output, (*(heads,) * 4, token), ((H, N), channels, channels)),
         "squared relu": Neighbour(lambda x: (squared_relu(x),), ((B, T, 4 * C),), ()),
     }
@@ -96,7 +101,10 @@ def _measured(
         x = torch.randn(shape, generator=generator, device=device)
         return (x if wide else x.bfloat16()).requires_grad_()
 
-    tensors = [normal(shape, autocast and neighbour.wide) for shape in neighbour.activations]
+    tensors = [
+        normal(shape, autocast and i < neighbour.wide)
+        for i, shape in enumerate(neighbour.activations)
+    ]
     tensors += [normal(shape, autocast) for shape in neighbour.parameters]
     count = len(neighbour.activations)
     found: dict[str, Any] = {}

@@ -60,7 +60,8 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
     hooks = []
     for module in model.modules():
-        if module is not model and not isinstance(module, nn.ModuleList):
+        # A layer norm with hooks is run apart from what follows it.
+        if module is not model and not isinstance(module, (nn.ModuleList, nn.LayerNorm)):
             hooks += [
                 module.register_forward_pre_hook(enter),
                 module.register_forward_hook(leave),

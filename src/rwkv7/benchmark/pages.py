@@ -151,6 +151,7 @@ def _unit(unit: str, size: float = 1.0) -> Callable[[float], str]:
 
 # Heading and way of writing for each figure; the order is that of the columns.
 _SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "text": ("text", str),
     "layers": ("layers", str),
     "width": ("width", str),
     "window": ("window", _whole),

@@ -24,12 +24,19 @@ def again(
     `function` gives the same whenever it is called, and holds no tensor of the size of `inputs`.
     """
     outputs = function(*inputs)
-    if torch.compiler.is_compiling():
-        return outputs
-    recipes = _recipes.get()
+    remember(function, inputs, outputs)
+    return outputs
+
+
+def remember(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+) -> None:
+    """As `again`, for `outputs` that are there already and that function(*inputs) would give."""
+    recipes = None if torch.compiler.is_compiling() else _recipes.get()
     if recipes is not None:
         recipes.note(function, inputs, outputs)
-    return outputs
 
 
 @contextmanager

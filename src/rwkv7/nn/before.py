@@ -14,12 +14,13 @@ from torch import Tensor
 class Before(Protocol):
     """Stands in for the two things that a layer asks of the tokens before its own.
 
-    `shift` gives the vectors [S, C] to go before each sequence's first token here, from the layer's
-    own input x [B, T, C] and what was carried, [S, C] or None for zeros. `wkv7` is the operator,
-    with the state that the tokens before leave; its final states count where a sequence ends here.
+    `shift` gives the vectors [S, C] to go before each sequence's first token here, from the mix's
+    input at the last token of each row, [B, C], and what was carried, [S, C] or None for zeros.
+    `wkv7` is the operator, with the state that the tokens before leave; its final states count
+    where a sequence ends here.
     """
 
-    def shift(self, x: Tensor, carried: Tensor | None) -> Tensor:
+    def shift(self, last: Tensor, carried: Tensor | None) -> Tensor:
         """The vectors [S, C] before each sequence's first token."""
 
     def wkv7(

@@ -5,6 +5,7 @@ Files are left to `weights`, what a state is to `state`, the loss to `training`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import cast
@@ -16,17 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from rwkv7.config import ModelConfig
 from rwkv7.state import LayerState, ModelState
 
-from .again import again, recomputing
+from .again import recomputing, remember
 from .before import Before
 from .channel_mix import ChannelMix
 from .fused import (
     ChannelMixWeights,
     Norm,
+    Shifted,
     Stream,
     TimeMixWeights,
     channel_mix_of_one_,
     channel_mix_of_rows_,
     runs_layers,
+    shifted_mixes,
     time_mix_of_one_,
     time_mix_of_rows_,
 )
@@ -59,34 +62,45 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        added: Tensor | None,
         v_first: Tensor | None,
         state: LayerState | None,
         packed: Packing | None = None,
         backend: str | None = None,
         before: Before | None = None,
-    ) -> tuple[Tensor, Tensor, LayerState]:
-        """(x [B, T, C], layer 0's value [B, T, C], the layer's state), for T ≥ 1 tokens.
+    ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
+        """One layer over T ≥ 1 tokens, whose input is x + added, and whose output x + added again.
 
-        `v_first` is None for block 0, which gives it; a `state` of None means zeros.
+        The next layer takes both terms: their sum, its layer norm and its token shift are one
+        launch.
+
+        Args:
+            x: [B, T, C].
+            added: [B, T, C], or None for nothing.
+            v_first: layer 0's value, [B, T, C]; None for block 0, which gives it.
+            state: the layer's; None means zeros.
+            packed: the ends of packed sequences.
+            backend: the operator's backend, None for its default.
+            before: what another process holds of the sequence, None when it is all here.
+
+        Returns:
+            (x, added, layer 0's value, the layer's state).
         """
         wkv, time_shift, channel_shift = (None, None, None) if state is None else state
         if self.ln0 is not None:
-            x = self.ln0(x)
-        out, v_first, time_shift, wkv = self.att(
-            *again(self._first_norm, x), v_first, time_shift, wkv, packed, backend, before
+            x, added = self.ln0(x if added is None else x + added), None
+        mixes = self.att.mixes()
+        x, mixed, time_shift, _ = _begun(x, added, self.ln1, time_shift, packed, mixes, before)
+        added, v_first, wkv = self.att(mixed, v_first, wkv, packed, backend, before)
+        mixes = self.ffn.mixes()
+        x, mixed, channel_shift, _ = _begun(
+            x, added, self.ln2, channel_shift, packed, mixes, before
         )
-        x = x + out
-        (normal,) = again(self._second_norm, x)
-        out, channel_shift = self.ffn(normal, channel_shift, packed, before)
+        added = self.ffn(*mixed)
         # Autocast may run layer norms in float32; the state keeps the model's dtype.
         dtype = self.ln1.weight.dtype
-        return x + out, v_first, LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
-
-    def _first_norm(self, x: Tensor) -> tuple[Tensor]:
-        return (self.ln1(x),)
-
-    def _second_norm(self, x: Tensor) -> tuple[Tensor]:
-        return (self.ln2(x),)
+        state = LayerState(wkv, time_shift.to(dtype), channel_shift.to(dtype))
+        return x, added, v_first, state
 
     def step_(
         self, stream: Stream, v_first: Tensor | None, pool: LayerState, slots: Slots
@@ -123,6 +137,29 @@ class Block(nn.Module):
             stream.total(), v_first, first, time, pool.time_shift, pool.wkv, slots
         )
         return Stream(channel_mix_of_one_(x, second, channel, pool.channel_shift, slots)), v_first
+
+
+def _begun(
+    x: Tensor,
+    added: Tensor | None,
+    norm: nn.LayerNorm,
+    carried: Tensor | None,
+    packed: Packing | None,
+    mixes: tuple[Tensor, ...],
+    before: Before | None,
+) -> Shifted:
+    """`shifted_mixes`, whose mixes and norms are cheap to make again from the sum."""
+    if before is not None:
+        end = x[:, -1] if added is None else x[:, -1] + added[:, -1]
+        carried = before.shift(norm(end), carried)
+
+    def again(x: Tensor, moments: Tensor | None) -> tuple[Tensor, ...]:
+        same = shifted_mixes(x, None, norm, carried, packed, mixes, moments)
+        return *same.mixed, same.last
+
+    found = shifted_mixes(x, added, norm, carried, packed, mixes)
+    remember(again, (found.x, found.moments), (*found.mixed, found.last))
+    return found
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -250,21 +287,24 @@ class RWKV7(nn.Module):
         if self.recompute not in RECOMPUTE:
             expected = ", ".join(RECOMPUTE)
             raise ValueError(f"recompute: expected one of {expected}, found {self.recompute!r}")
-        v_first, layers = None, []
+        added, v_first, layers = None, None, []
         given = [None] * len(self.blocks) if state is None else state.layers
         for block, layer in zip(self.blocks, given, strict=True):
-            arguments = (x, v_first, layer, packed, backend, before)
             if self.recompute == "layers" and torch.is_grad_enabled():
-                # Nothing in a block is random, so no generator's state has to be kept.
-                x, v_first, layer = checkpoint(
-                    block, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
-            elif self.recompute == "cheap" and torch.is_grad_enabled():
-                with recomputing():
-                    x, v_first, layer = block(*arguments)
+                # The sum alone is kept. Nothing in a block is random, so no generator's state is.
+                x = x if added is None else x + added
+                x, added, v_first, layer = checkpoint(
+                    block, x, None, v_first, layer, packed, backend, before,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
-                x, v_first, layer = block(*arguments)
+                wanted = self.recompute == "cheap" and torch.is_grad_enabled()
+                with recomputing() if wanted else contextlib.nullcontext():
+                    x, added, v_first, layer = block(
+                        x, added, v_first, layer, packed, backend, before
+                    )
             layers.append(layer)
+        x = x if added is None else x + added
         return self.ln_out(x), ModelState(tuple(layers))
 
     @torch.no_grad()

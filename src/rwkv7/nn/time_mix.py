@@ -1,4 +1,4 @@
-"""Time mix: from a normalised input to the operator's six arguments, and from its output back.
+"""Time mix: from six mixed inputs to the operator's six arguments, and from its output back.
 
 The recurrence itself is `rwkv7.wkv7`; the order and the activations here follow RWKV-LM,
 RWKV-v7/train_temp/src/model.py, and differ from branch to branch.
@@ -24,7 +24,6 @@ from .fused import (
     mixed_in_pool_,
     mixed_value,
     runs_fused_step,
-    shifted_mixes,
     time_mix_step_,
 )
 from .linear import Linear, plain_weights
@@ -77,40 +76,29 @@ class TimeMix(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        mixed: tuple[Tensor, ...],
         v_first: Tensor | None,
-        shift: Tensor | None,
         state: Tensor | None,
         packed: Packing | None = None,
         backend: str | None = None,
         before: Before | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer over T ≥ 1 tokens.
 
         Args:
-            x: the layer's normalised input, [B, T, C].
+            mixed: the normalised input, shifted and mixed by each of `mixes`: six [B, T, C].
             v_first: layer 0's value, [B, T, C]; None in layer 0.
-            shift: each sequence's last x of the call before, [S, C]; None means zeros.
             state: the WKV state [S, H, V, K]; None means zeros. S = B unless packed.
             packed: the ends of packed sequences.
             backend: the operator's backend, None for its default.
             before: what another process holds of the sequence, None when it is all here.
 
         Returns:
-            (output [B, T, C], layer 0's value, the shift and the state to carry on).
+            (output [B, T, C], layer 0's value, the state to carry on).
         """
-        if before is not None:
-            shift = before.shift(x, shift)
-        begun = shift
-
-        def mixes(x: Tensor) -> tuple[Tensor, ...]:
-            mixed, last = shifted_mixes(x, begun, packed, self._mixes())
-            return *mixed, last
-
-        *mixed, shift = again(mixes, x)
-        projections = self._projections(tuple(mixed))
+        projections = self._projections(mixed)
         inputs, v_first = self._operands(projections, v_first)
-        if before is None and self._may_step(x, packed, backend):
+        if before is None and self._may_step(mixed[0], packed, backend):
             state = _zeros(inputs) if state is None else state.clone()
             r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
             y = wkv7_step_(r, w, k, v, a, b, state).unsqueeze(1)
@@ -118,7 +106,7 @@ class TimeMix(nn.Module):
             offsets = None if packed is None else packed.offsets
             operator = wkv7 if before is None else before.wkv7
             y, state = operator(*inputs, state, cu_seqlens=offsets, backend=backend)
-        return self._gated(y, inputs, projections.g), v_first, shift, state
+        return self._gated(y, inputs, projections.g), v_first, state
 
     def step_(
         self,
@@ -133,7 +121,7 @@ class TimeMix(nn.Module):
         `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, 1, C], layer
         0's value).
         """
-        projections = self._projections(mixed_in_pool_(x, shift, slots, self._mixes()))
+        projections = self._projections(mixed_in_pool_(x, shift, slots, self.mixes()))
         if runs_fused_step(state, projections):
             y = time_mix_step_(
                 projections, v_first, self._vectors(), self.ln_x.eps, state, slots.wkv
@@ -154,7 +142,7 @@ class TimeMix(nn.Module):
         if self.mixes_value:
             lows, highs = (*lows, self.v1), (*highs, self.v2)
         return TimeMixWeights(
-            self._mixes(), (r, k, v), lows, highs, self._vectors(), self.ln_x.eps, output
+            self.mixes(), (r, k, v), lows, highs, self._vectors(), self.ln_x.eps, output
         )
 
     def _vectors(self) -> StepParameters:
@@ -169,7 +157,8 @@ class TimeMix(nn.Module):
             self.ln_x.bias,
         )
 
-    def _mixes(self) -> tuple[Tensor, ...]:
+    def mixes(self) -> tuple[Tensor, ...]:
+        """What each of the six inputs takes of the token before, [C] each."""
         return self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
 
     def _projections(self, mixed: tuple[Tensor, ...]) -> Projections:
@@ -191,19 +180,15 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             (v,) = again(self._mixed_value, v, v_first, p.share)
-        k, removal, replacement = again(self._key_operands, p.k, p.rate)
-        (w,) = again(self._decay, p.w)
-        r, w, v = (z.view(k.shape) for z in (p.r, w, v))
+        k, removal, replacement, w = again(self._key_operands, p.k, p.rate, p.w)
+        r, v = (z.view(k.shape) for z in (p.r, v))
         return (r, w, k, v, removal, replacement), v_first
 
     def _mixed_value(self, v: Tensor, first: Tensor, share: Tensor) -> tuple[Tensor]:
         return (mixed_value(v, first, share, self.v0, self.heads),)
 
-    def _key_operands(self, k: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return key_operands(k, rate, self.a0, self.k_k, self.k_a, self.heads)
-
-    def _decay(self, w: Tensor) -> tuple[Tensor]:
-        return (self.w0 + w,)
+    def _key_operands(self, k: Tensor, rate: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return key_operands(k, rate, w, self.a0, self.k_k, self.k_a, self.w0, self.heads)
 
     def _may_step(self, x: Tensor, packed: Packing | None, backend: str | None) -> bool:
         # One token a sequence on the CPU, no gradient wanted and no backend named: the step is

@@ -21,7 +21,7 @@ from .batch import IGNORED
 __all__ = ["L2_WRAP", "next_token_loss", "predicted"]
 
 L2_WRAP = 1e-4  # strength of the pull on the largest logit (RWKV-LM, RWKV-v7/train_temp)
-LOGITS_AT_ONCE = 1 << 28  # bytes of logits as the head's product gives them
+LOGITS_AT_ONCE = 1 << 29  # bytes of logits as the head's product gives them
 
 
 def next_token_loss(

@@ -1,13 +1,14 @@
 from .contract import DECAY_SCALE, checks_wanted
-from .op import batch_invariant, checks, explain, needs_operator, unchecked, wkv7, wkv7_step_
+from .op import batch_invariant, checks, explain, unchecked, wkv7, wkv7_step_
+from .operation import Operation
 
 __all__ = [
     "DECAY_SCALE",
+    "Operation",
     "batch_invariant",
     "checks",
     "checks_wanted",
     "explain",
-    "needs_operator",
     "unchecked",
     "wkv7",
     "wkv7_step_",

@@ -21,18 +21,11 @@ from .contract import (
     invariance_wanted,
     unchecked,
 )
+from .operation import Operation, is_traced
 from .registry import Explanation, explanation, select
 from .step import wkv7_step_
 
-__all__ = [
-    "batch_invariant",
-    "checks",
-    "explain",
-    "needs_operator",
-    "unchecked",
-    "wkv7",
-    "wkv7_step_",
-]
+__all__ = ["batch_invariant", "checks", "explain", "unchecked", "wkv7", "wkv7_step_"]
 
 # Asked once: torch.compile cannot trace the question in every version.
 _AUTOCAST_DEVICES = {
@@ -99,8 +92,8 @@ def wkv7(
     given = (r, w, k, v, a, b, state)
     _refuse_forward_mode(*given)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    run = _operator if needs_operator(r) else _forward
-    return run(*given, decay, cu_seqlens, backend, save, invariance_wanted())[:2]
+    y, final, _ = _operation(*given, decay, cu_seqlens, backend, save, invariance_wanted())
+    return y, final
 
 
 def explain(
@@ -126,14 +119,6 @@ def explain(
     check_call(call)
     check_backend_name(backend)
     return explanation(call, backend)
-
-
-def needs_operator(x: Tensor) -> bool:
-    """Whether a call on x must go through its registered operation: to be traced or differentiated.
-
-    Going through one takes the host longer than a small kernel takes the GPU.
-    """
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -179,11 +164,7 @@ def _forward(
         return select(call, backend).forward(call, save)
 
 
-_operator = torch.library.custom_op("rwkv7::wkv7", _forward, mutates_args=())
-
-
-@_operator.register_fake
-def _(
+def _fake(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -214,7 +195,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("rwkv7::wkv7_backward", "CompositeExplicitAutograd")
 def _backward(
     dy: Tensor | None,
     dstate: Tensor | None,
@@ -234,6 +214,9 @@ def _backward(
     call = Call(r, w, k, v, a, b, state, decay, cu_seqlens, invariant)
     with torch.autocast(r.device.type, enabled=False):
         return select(call, backend).backward(call, saved, dy, dstate)
+
+
+torch.library.impl("rwkv7::wkv7_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("rwkv7::wkv7_backward")
@@ -274,10 +257,12 @@ def _differentiate(
     none = (None,) * 5
     if dy is None and dstate is None:
         return (None,) * 7 + none
-    *grads, dinitial = torch.ops.rwkv7.wkv7_backward(
+    run = torch.ops.rwkv7.wkv7_backward if is_traced(r) else _backward
+    *grads, dinitial = run(
         dy, dstate, r, w, k, v, a, b, state, saved, decay, cu_seqlens, backend, invariant
     )
     return (*grads, None if state is None else dinitial, *none)
 
 
-_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_operation = Operation("rwkv7::wkv7", _forward, _fake)
+_operation.differentiable(_setup_context, _differentiate)

@@ -28,9 +28,9 @@ class Problem(NamedTuple):
     parameters: int  # how many of the last of them are parameters
 
 
-def drawn(dtype: torch.dtype, device: str = "cpu"):
+def drawn(dtype: torch.dtype, device: str = "cpu", seed: int = 0):
     """A source of normal numbers, representable in `dtype`, in float64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
@@ -39,9 +39,9 @@ def drawn(dtype: torch.dtype, device: str = "cpu"):
     return normal
 
 
-def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False, scale=1.0) -> Problem:
-    """Token shift and mixes; packed where there are `lengths`."""
-    x = normal(B, T, C, scale=scale)
+def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False, added=True) -> Problem:
+    """The residual sum, layer norm, token shift and mixes; packed where there are `lengths`."""
+    x = normal(B, T, C)
     packed, sequences = None, B
     if lengths is not None:
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=x.device)
@@ -49,19 +49,25 @@ def shift(normal, *, B=1, T=1, C=24, mixes=6, lengths=None, carried=False, scale
         sequences = len(lengths)
 
     def function(x, *rest):
-        before, rest = (rest[0], rest[1:]) if carried else (None, rest)
-        mixed, last = shifted_mixes(x, before, packed, rest)
-        return (*mixed, last)
+        *rest, weight, bias = rest
+        y = rest.pop(0) if added else None
+        before = rest.pop(0) if carried else None
+        norm = torch.nn.LayerNorm(C, dtype=x.dtype, device=x.device)
+        del norm.weight, norm.bias  # to take those with gradients, as they are
+        norm.weight, norm.bias = weight, bias
+        found = shifted_mixes(x, y, norm, before, packed, tuple(rest))
+        return (*found.mixed, found.last, *([found.x] if added else []))
 
-    state = [normal(sequences, C)] if carried else []
-    return Problem(function, [x, *state, *(normal(C) for _ in range(mixes))], mixes)
+    given = [normal(B, T, C)] if added else []
+    given += [normal(sequences, C)] if carried else []
+    return Problem(function, [x, *given, *(normal(C) for _ in range(mixes + 2))], mixes + 2)
 
 
 def keys(normal, *, B=2, T=5, H=3, N=8) -> Problem:
-    """The operator's k, a and b."""
+    """The operator's k, a, b and w."""
     C = H * N
-    tensors = [normal(B, T, C), normal(B, T, C), *(normal(C) for _ in range(3))]
-    return Problem(lambda *x: key_operands(*x, H), tensors, 3)
+    tensors = [*(normal(B, T, C) for _ in range(3)), *(normal(C) for _ in range(4))]
+    return Problem(lambda *x: key_operands(*x, H), tensors, 4)
 
 
 def value(normal, *, B=2, T=5, H=3, N=8) -> Problem:
@@ -98,7 +104,8 @@ def outcome(problem: Problem, dtype: torch.dtype, *, fused: bool) -> list[Tensor
     leaves = [x.to(dtype).requires_grad_() for x in problem.tensors]
     with use_fused(fused):
         outputs = problem.function(*leaves)
-        normal = drawn(torch.bfloat16, str(leaves[0].device))
+        # Others than the inputs': a gradient that grows with the tokens would leave fp16's range.
+        normal = drawn(torch.bfloat16, str(leaves[0].device), seed=1)
         seeds = [normal(*y.shape).to(y.dtype) for y in outputs]
         grads = torch.autograd.grad(outputs, leaves, seeds)
     return [*(y.detach() for y in outputs), *grads]

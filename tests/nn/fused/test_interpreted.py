@@ -39,6 +39,41 @@ def test_shift_of_many_channels():
     check(shift(NORMAL, B=2, T=3, C=300, carried=True))
 
 
+@pytest.mark.parametrize("mixes", [1, 6])
+def test_shift_without_a_sum(mixes):
+    check(shift(NORMAL, B=3, T=17, carried=True, added=False, mixes=mixes))
+
+
+def test_terms_of_two_dtypes():
+    """As under autocast: the residual is wide, what is added to it and what is mixed is not."""
+    problem = shift(drawn(torch.bfloat16), B=2, T=9)
+    found = []
+    for fused in (True, False):
+        dtypes = [torch.float32, torch.bfloat16] + [torch.float32] * (len(problem.tensors) - 2)
+        leaves = [x.to(d).requires_grad_() for x, d in zip(problem.tensors, dtypes, strict=True)]
+        with use_fused(fused), torch.autocast("cpu", torch.bfloat16):
+            outputs = problem.function(*leaves)
+        assert outputs[-1].dtype == torch.float32
+        outputs = [y.bfloat16().float() for y in outputs[:6]] + list(outputs[6:])
+        found.append(
+            [*outputs, *torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves)]
+        )
+    for x, y, leaf in zip(found[0][8:], found[1][8:], leaves, strict=True):
+        assert x.dtype == y.dtype == leaf.dtype
+    assert all(error(x, y) < 1e-2 for x, y in zip(*found, strict=True))
+
+
+def test_a_norm_with_hooks_is_called(monkeypatch):
+    model, tokens = random_model(dtype=torch.float32), random_tokens(SMALL, 1, 9)
+    with use_fused(True), torch.no_grad():
+        expected = model(tokens, backend="torch")[0]
+        seen = []
+        hook = model.blocks[1].ln2.register_forward_hook(lambda *given: seen.append(given))
+        found = model(tokens, backend="torch")[0]
+        hook.remove()
+    assert len(seen) == 1 and error(found, expected) < 1e-5
+
+
 def test_long_spans_give_the_same_gradients(monkeypatch):
     monkeypatch.setattr("rwkv7.nn.fused.shift.rows_apiece", lambda rows, few, many: many)
     check(shift(NORMAL, T=150, lengths=[100, 0, 50], carried=True))
@@ -47,17 +82,20 @@ def test_long_spans_give_the_same_gradients(monkeypatch):
 def test_a_sequence_never_feels_its_neighbours():
     problem = shift(NORMAL, T=sum(PACKED), lengths=PACKED, carried=True)
     problem.tensors[0][0, 3:4] = torch.nan
-    problem.tensors[1][2] = torch.nan
-    found = outcome(problem, torch.float32, fused=True)
-    for x in found[:6]:
+    problem.tensors[2][2] = torch.nan
+    mixed, last, others = _parted(outcome(problem, torch.float32, fused=True))
+    for x in (*mixed, *others):  # the sum, and the gradients of its two terms
         assert x[0].isnan().any(1).nonzero().flatten().tolist() == [3]
-    assert found[7].isfinite().all()
-    assert found[6][[0, 1, 3, 4, 5, 6]].isfinite().all()
+    assert last[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+def _parted(found):
+    return found[:6], found[6], (found[8], found[9])
 
 
 def test_gradients_of_outputs_that_are_not_used():
     problem = shift(NORMAL, B=2, T=5, carried=True)
-    for chosen in (0, 6):
+    for chosen in (0, 6, 7):
         found = []
         for fused, dtype in ((True, torch.float32), (False, torch.float64)):
             leaves = [x.to(dtype).requires_grad_() for x in problem.tensors]
@@ -203,7 +241,7 @@ def test_opcheck(carried, monkeypatch):
         return call
 
     for module, name in (
-        ("shift", "shift_mix"),
+        ("shift", "norm_mix"),
         ("keys", "key_operands"),
         ("output", "gated_output"),
         ("activation", "squared_relu"),
@@ -212,7 +250,7 @@ def test_opcheck(carried, monkeypatch):
         monkeypatch.setattr(f"rwkv7.nn.fused.{module}._{name}", checked(name))
     for problem in (
         shift(NORMAL, T=9, lengths=[4, 0, 5], carried=carried, mixes=1),
-        shift(NORMAL, B=2, T=3, carried=carried),
+        shift(NORMAL, B=2, T=3, carried=carried, added=carried),
         keys(NORMAL),
         output(NORMAL),
         relu(NORMAL),

@@ -17,10 +17,9 @@ PROBLEMS = {
     "shift packed": lambda normal: shift(
         normal, T=sum(LENGTHS), C=320, lengths=LENGTHS, carried=True
     ),
-    # Halved, or the gradient of the first mix leaves the range of fp16.
-    "shift long": lambda normal: shift(
-        normal, T=70_000, C=64, lengths=[1, 65_536, 4_463], scale=0.5
-    ),
+    "shift long": lambda normal: shift(normal, T=70_000, C=64, lengths=[1, 65_536, 4_463]),
+    "shift without a sum": lambda normal: shift(normal, B=3, T=1366, C=2048, added=False),
+    "shift wide": lambda normal: shift(normal, B=1, T=300, C=5120, mixes=1),
     "keys": lambda normal: keys(normal, B=3, T=333, H=5, N=64),
     "keys 128": lambda normal: keys(normal, B=1, T=2500, H=2, N=128),
     "output": lambda normal: output(normal, B=3, T=333, H=5, N=64),
@@ -67,15 +66,15 @@ def test_loss_of_logits_no_less_precise_than_plain_torch(V, dtype):
 def test_they_run_by_themselves():
     problem = PROBLEMS["shift"](drawn(torch.float32, CUDA))
     leaves = [x.float().requires_grad_() for x in problem.tensors]
-    assert "shift_mix" in problem.function(*leaves)[0].grad_fn.name()
-    assert "shift_mix" not in problem.function(*map(torch.Tensor.double, leaves))[0].grad_fn.name()
+    assert "norm_mix" in problem.function(*leaves)[0].grad_fn.name()
+    assert "norm_mix" not in problem.function(*map(torch.Tensor.double, leaves))[0].grad_fn.name()
     with use_fused(False):
-        assert "shift_mix" not in problem.function(*leaves)[0].grad_fn.name()
+        assert "norm_mix" not in problem.function(*leaves)[0].grad_fn.name()
 
 
 def test_new_lengths_compile_nothing():
     from rwkv7.nn.fused.kernels.heads import gated_output as kernel
-    from rwkv7.nn.fused.kernels.shift import shift_mix_back
+    from rwkv7.nn.fused.kernels.shift import norm_mix_back
 
     def run(*shapes):
         for B, T in shapes:
@@ -87,7 +86,7 @@ def test_new_lengths_compile_nothing():
                 outcome(problem, torch.bfloat16, fused=True)
         return [sum(len(held[0]) for held in k.device_caches.values()) for k in kernels]
 
-    kernels = (kernel, shift_mix_back)
+    kernels = (kernel, norm_mix_back)
     before = run((2, 37))
     assert run((1, 1), (16, 16), (3, 2048), (5, 4097)) == before
 
@@ -98,12 +97,13 @@ def test_more_than_two_thousand_million_numbers():
     x = torch.zeros(1, rows, C, dtype=torch.bfloat16, device=CUDA)
     tail = torch.randn(1, 8, C, device=CUDA).bfloat16()
     x[:, -8:] = tail
-    m = torch.rand(C, device=CUDA).bfloat16()
-    problem = shift(drawn(torch.bfloat16, CUDA), T=1, C=C, mixes=1)
+    m, weight = torch.rand(2, C, device=CUDA).bfloat16()
+    vectors = m, weight, torch.zeros_like(m)
+    problem = shift(drawn(torch.bfloat16, CUDA), T=1, C=C, mixes=1, added=False)
     with use_fused(True), torch.no_grad():
-        big, last = problem.function(x, m)
-        small, _ = problem.function(tail, m)
-        assert torch.equal(big[:, -7:], small[:, 1:]) and torch.equal(last, tail[:, -1])
+        big, last = problem.function(x, *vectors)
+        small, last_of_small = problem.function(tail, *vectors)
+        assert torch.equal(big[:, -7:], small[:, 1:]) and torch.equal(last, last_of_small)
         assert not big[:, :-8].any()
         del big
         squares = relu(drawn(torch.bfloat16, CUDA)).function(x)[0]

@@ -119,9 +119,7 @@ def test_a_run_that_diverges_names_step_batch_and_tensor_and_keeps_its_weights(
     def poisoned(self: loop.Run) -> object:
         if self.step == 5:
             kept.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
-            hook = self.model.blocks[0].ffn.register_forward_hook(
-                lambda _, __, out: (out[0] * math.inf, out[1])
-            )
+            hook = self.model.blocks[0].ffn.register_forward_hook(lambda _, __, out: out * math.inf)
             try:
                 return real(self)
             finally:

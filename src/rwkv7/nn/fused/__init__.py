@@ -10,7 +10,7 @@ from .launch import use_fused
 from .logits import IGNORED, loss_to_gradient_
 from .output import gated_output
 from .rows import Stream, channel_mix_of_rows_, time_mix_of_rows_
-from .shift import shifted_mixes
+from .shift import Shifted, shifted_mixes
 from .single import (
     ChannelMixWeights,
     Norm,
@@ -33,6 +33,7 @@ __all__ = [
     "ChannelMixWeights",
     "Norm",
     "Projections",
+    "Shifted",
     "StepParameters",
     "Stream",
     "TimeMixWeights",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv7.wkv7 import needs_operator
+from rwkv7.wkv7 import Operation
 
 from .launch import on_device_of, runs_fused
 
@@ -18,11 +18,12 @@ _WARPS = 8
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)² of x [..., C]."""
     if runs_fused(x):
-        return (_squared_relu_operator if needs_operator(x) else _squared_relu)(x)
+        found: Tensor = _squared_relu(x)
+        return found
     return torch.relu(x).square()
 
 
-def _squared_relu(x: Tensor) -> Tensor:
+def _run(x: Tensor) -> Tensor:
     from .kernels.elements import squared_relu
 
     y = x.new_empty(x.shape)
@@ -35,18 +36,11 @@ def _squared_relu(x: Tensor) -> Tensor:
     return y
 
 
-_squared_relu_operator = torch.library.custom_op(
-    "rwkv7::squared_relu", _squared_relu, mutates_args=()
-)
-
-
-@_squared_relu_operator.register_fake
-def _(x: Tensor) -> Tensor:
+def _fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("rwkv7::squared_relu_backward", mutates_args=())
-def _squared_relu_backward(dy: Tensor, x: Tensor) -> Tensor:
+def _run_back(dy: Tensor, x: Tensor) -> Tensor:
     from .kernels.elements import squared_relu_back
 
     dx = x.new_empty(x.shape)
@@ -59,8 +53,7 @@ def _squared_relu_backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-@_squared_relu_backward.register_fake
-def _(dy: Tensor, x: Tensor) -> Tensor:
+def _fake_back(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -68,8 +61,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> Tensor:
-    return torch.ops.rwkv7.squared_relu_backward(dy, *ctx.saved_tensors)
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor]:
+    return (_squared_relu_backward(dy, *ctx.saved_tensors),)
 
 
-_squared_relu_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_squared_relu_backward = Operation("rwkv7::squared_relu_backward", _run_back, _fake_back)
+_squared_relu = Operation("rwkv7::squared_relu", _run, _fake)
+_squared_relu.differentiable(_setup_context, _differentiate)

@@ -1,4 +1,4 @@
-"""The operator's k, a and b from the key's projection and the learning rate's, in one launch."""
+"""The operator's k, a, b and w from the projections they are made of, in one launch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv7.state import wide_dtype
-from rwkv7.wkv7 import needs_operator
+from rwkv7.wkv7 import Operation
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import (
+    TILE_WARPS,
+    head_tile,
+    of_parameters,
+    on_device_of,
+    rows_apiece,
+    runs_fused,
+)
 
 KEY_NORM_EPS = 1e-12
 
@@ -19,19 +26,23 @@ KEY_NORM_EPS = 1e-12
 def key_operands(
     k: Tensor,  # [B, T, C]
     rate: Tensor,  # [B, T, C]
+    decay: Tensor,  # [B, T, C]
     a0: Tensor,  # [C]
     k_k: Tensor,  # [C]
     k_a: Tensor,  # [C]
+    w0: Tensor,  # [C]
     heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator's k, a = -k̂ and b = k̂ σ(a0 + rate), each [B, T, H, N] in the dtype of k.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's k, a = -k̂, b = k̂ σ(a0 + rate) and w = w0 + decay, each [B, T, H, N].
 
     k̂ is the unit vector of k k_k in each head, of k as it was before the learning rate
-    σ(a0 + rate) changes it into k (1 + (σ - 1) k_a).
+    σ(a0 + rate) changes it into k (1 + (σ - 1) k_a). All are in the dtype of k but w, which is in
+    the wider one of its two terms'.
     """
-    if runs_fused(k, rate, a0, k_k, k_a):
-        run = _key_operands_operator if needs_operator(k) else _key_operands
-        return run(k, rate, a0, k_k, k_a, heads)
+    if runs_fused(k, rate, decay, a0, k_k, k_a, w0):
+        found: tuple[Tensor, Tensor, Tensor, Tensor]
+        found = _key_operands(k, rate, decay, a0, k_k, k_a, w0, heads)
+        return found
     # All of it in float32 at least, and rounded once.
     a = torch.sigmoid(a0 + rate)
     dtype, wide = k.dtype, wide_dtype(k.dtype)
@@ -39,51 +50,71 @@ def key_operands(
     k, a = k.to(wide), a.to(wide)
     unit = F.normalize((k * k_k).view(shape), dim=-1, eps=KEY_NORM_EPS)
     k = torch.addcmul(k, k * (a - 1), k_a).view(shape)
-    return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype)
+    w = (w0 + decay).view(shape)
+    return k.to(dtype), (-unit).to(dtype), (unit * a.view(shape)).to(dtype), w
 
 
-def _key_operands(
-    k: Tensor, rate: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    k: Tensor, decay: Tensor, w0: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, C = k.shape
+    shape = B, T, heads, C // heads
+    key, remove, replace = (k.new_empty(shape) for _ in range(3))
+    w = decay.new_empty(shape, dtype=torch.promote_types(decay.dtype, w0.dtype))
+    return key, remove, replace, w
+
+
+def _run(
+    k: Tensor,
+    rate: Tensor,
+    decay: Tensor,
+    a0: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    w0: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.heads import key_operands
 
     B, T, C = k.shape
     tile = head_tile(C // heads)
-    key, remove, replace = (k.new_empty(B, T, heads, C // heads) for _ in range(3))
+    outputs = _outputs(k, decay, w0, heads)
     if B * T:
         with on_device_of(k):
             key_operands[(-(-B * T // tile["BT"]), heads)](
-                k.contiguous(), rate.contiguous(), a0, k_k, k_a, key, remove, replace,
+                k.contiguous(), rate.contiguous(), decay.contiguous(), a0, k_k, k_a, w0, *outputs,
                 B * T, heads, EPS=KEY_NORM_EPS, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
-    return key, remove, replace
+    return outputs
 
 
-_key_operands_operator = torch.library.custom_op(
-    "rwkv7::key_operands", _key_operands, mutates_args=()
-)
-
-
-@_key_operands_operator.register_fake
-def _(
-    k: Tensor, rate: Tensor, a0: Tensor, k_k: Tensor, k_a: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    key, remove, replace = (k.new_empty(B, T, heads, C // heads) for _ in range(3))
-    return key, remove, replace
-
-
-@torch.library.custom_op("rwkv7::key_operands_backward", mutates_args=())
-def _key_operands_backward(
-    dkey: Tensor,
-    dremove: Tensor,
-    dreplace: Tensor,
+def _fake(
     k: Tensor,
     rate: Tensor,
+    decay: Tensor,
     a0: Tensor,
     k_k: Tensor,
     k_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    w0: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(k, decay, w0, heads)
+
+
+def _run_back(
+    dkey: Tensor,
+    dremove: Tensor,
+    dreplace: Tensor,
+    dw: Tensor,
+    k: Tensor,
+    rate: Tensor,
+    decay: torch.dtype,
+    a0: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, rate and decay (in that dtype), and those of a0, k_k, k_a and w0 as [4, C]
+    in fp32."""
     from .kernels.heads import key_operands_back
 
     B, T, H, N = dkey.shape
@@ -91,45 +122,51 @@ def _key_operands_backward(
     tiles = rows_apiece(-(-B * T // tile["BT"]), few=1, many=8)
     programs = -(-B * T // (tiles * tile["BT"]))
     dk, drate = k.new_empty(k.shape), rate.new_empty(rate.shape)
-    parts = k.new_empty((programs, 3, H * N), dtype=torch.float32)
+    ddecay = dw.new_empty(k.shape, dtype=decay)
+    parts = k.new_empty((programs, 4, H * N), dtype=torch.float32)
     if programs:
         with on_device_of(k):
             key_operands_back[(programs, H)](
                 k.contiguous(), rate.contiguous(), a0, k_k, k_a,
-                dkey.contiguous(), dremove.contiguous(), dreplace.contiguous(),
-                dk, drate, parts, B * T, H, tiles,
+                dkey.contiguous(), dremove.contiguous(), dreplace.contiguous(), dw.contiguous(),
+                dk, drate, ddecay, parts, B * T, H, tiles,
                 EPS=KEY_NORM_EPS, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
-    da0, dk_k, dk_a = (
-        part.to(x.dtype, copy=True) for part, x in zip(parts.sum(0), (a0, k_k, k_a), strict=True)
-    )
-    return dk, drate, da0, dk_k, dk_a
+    return dk, drate, ddecay, parts.sum(0)
 
 
-@_key_operands_backward.register_fake
-def _(
+def _fake_back(
     dkey: Tensor,
     dremove: Tensor,
     dreplace: Tensor,
+    dw: Tensor,
     k: Tensor,
     rate: Tensor,
+    decay: torch.dtype,
     a0: Tensor,
     k_k: Tensor,
     k_a: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dk, drate, da0, dk_k, dk_a = (x.new_empty(x.shape) for x in (k, rate, a0, k_k, k_a))
-    return dk, drate, da0, dk_k, dk_a
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums = k.new_empty((4, k.shape[2]), dtype=torch.float32)
+    return k.new_empty(k.shape), rate.new_empty(k.shape), dw.new_empty(k.shape, dtype=decay), sums
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    k, rate, decay, *parameters, _ = inputs
+    ctx.save_for_backward(k, rate, *parameters)
+    ctx.decay = decay.dtype
 
 
 def _differentiate(
-    ctx: Any, dkey: Tensor, dremove: Tensor, dreplace: Tensor
+    ctx: Any, dkey: Tensor, dremove: Tensor, dreplace: Tensor, dw: Tensor
 ) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.rwkv7.key_operands_backward(dkey, dremove, dreplace, *ctx.saved_tensors)
-    return (*grads, None)
+    k, rate, *parameters = ctx.saved_tensors
+    *grads, sums = _key_operands_backward(
+        dkey, dremove, dreplace, dw, k, rate, ctx.decay, *parameters[:3]
+    )
+    return (*grads, *of_parameters(sums, parameters), None)
 
 
-_key_operands_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_key_operands_backward = Operation("rwkv7::key_operands_backward", _run_back, _fake_back)
+_key_operands = Operation("rwkv7::key_operands", _run, _fake)
+_key_operands.differentiable(_setup_context, _differentiate)

@@ -6,8 +6,9 @@ Triton itself is imported by the first call that runs a kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,12 +50,19 @@ def _is_recent(x: Tensor) -> bool:
     # A trace cannot ask the card; older ones are then refused by the compiler of the kernels.
     if torch.compiler.is_compiling() or torch.version.hip is not None:
         return True
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return _capability(x.device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def power_of_two(size: int) -> int:
@@ -80,3 +88,9 @@ def rows_apiece(rows: int, few: int, many: int) -> int:
     all, shorter spans keep the card busy.
     """
     return many if rows >= 256 * many else few
+
+
+def of_parameters(sums: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of parameters from their sums [count, C] in fp32, in one tensor."""
+    pairs = zip(sums.unbind(0), parameters, strict=True)
+    return [x.view(p.shape).to(p.dtype) for x, p in pairs]

@@ -9,9 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv7.state import wide_dtype
-from rwkv7.wkv7 import needs_operator
+from rwkv7.wkv7 import Operation
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import (
+    TILE_WARPS,
+    head_tile,
+    of_parameters,
+    on_device_of,
+    rows_apiece,
+    runs_fused,
+)
 
 
 def gated_output(
@@ -27,8 +34,8 @@ def gated_output(
 ) -> Tensor:
     """(group norm of y a head, plus the bonus (Σ r k r_k) v) g, [B, T, C] in the dtype of y."""
     if runs_fused(y, r, k, v, g, r_k, weight, bias):
-        run = _gated_output_operator if needs_operator(y) else _gated_output
-        return run(y, r, k, v, g, r_k, weight, bias, eps)
+        found: Tensor = _gated_output(y, r, k, v, g, r_k, weight, bias, eps)
+        return found
     # In float32 at least, and rounded once.
     B, T, H, N = y.shape
     dtype, wide = y.dtype, wide_dtype(y.dtype)
@@ -38,7 +45,7 @@ def gated_output(
     return (y.view(B, T, H * N) * g).to(dtype)
 
 
-def _gated_output(
+def _run(
     y: Tensor,
     r: Tensor,
     k: Tensor,
@@ -63,13 +70,7 @@ def _gated_output(
     return out
 
 
-_gated_output_operator = torch.library.custom_op(
-    "rwkv7::gated_output", _gated_output, mutates_args=()
-)
-
-
-@_gated_output_operator.register_fake
-def _(
+def _fake(
     y: Tensor,
     r: Tensor,
     k: Tensor,
@@ -84,8 +85,7 @@ def _(
     return y.new_empty(B, T, H * N)
 
 
-@torch.library.custom_op("rwkv7::gated_output_backward", mutates_args=())
-def _gated_output_backward(
+def _run_back(
     dout: Tensor,
     y: Tensor,
     r: Tensor,
@@ -96,7 +96,8 @@ def _gated_output_backward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of y, r, k, v and g, and those of the parameters as [3, C] in fp32."""
     from .kernels.heads import gated_output_back
 
     B, T, H, N = y.shape
@@ -112,15 +113,10 @@ def _gated_output_backward(
                 dout.contiguous(), dy, dr, dk, dv, dg, parts, B * T, H, tiles, eps,
                 **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
-    dr_k, dweight, dbias = (
-        part.view(x.shape).to(x.dtype, copy=True)
-        for part, x in zip(parts.sum(0), (r_k, weight, bias), strict=True)
-    )
-    return dy, dr, dk, dv, dg, dr_k, dweight, dbias
+    return dy, dr, dk, dv, dg, parts.sum(0)
 
 
-@_gated_output_backward.register_fake
-def _(
+def _fake_back(
     dout: Tensor,
     y: Tensor,
     r: Tensor,
@@ -131,10 +127,9 @@ def _(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (y, r, k, v, g, r_k, weight, bias)
-    dy, dr, dk, dv, dg, dr_k, dweight, dbias = (x.new_empty(x.shape) for x in inputs)
-    return dy, dr, dk, dv, dg, dr_k, dweight, dbias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy, dr, dk, dv, dg = (x.new_empty(x.shape) for x in (y, r, k, v, g))
+    return dy, dr, dk, dv, dg, y.new_empty((3, weight.shape[0]), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,7 +139,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.rwkv7.gated_output_backward(dout, *ctx.saved_tensors, ctx.eps), None)
+    tensors = ctx.saved_tensors
+    *grads, sums = _gated_output_backward(dout, *tensors, ctx.eps)
+    return (*grads, *of_parameters(sums, tensors[5:]), None)
 
 
-_gated_output_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_gated_output_backward = Operation("rwkv7::gated_output_backward", _run_back, _fake_back)
+_gated_output = Operation("rwkv7::gated_output", _run, _fake)
+_gated_output.differentiable(_setup_context, _differentiate)

@@ -1,44 +1,66 @@
-"""Token shift with the mixes that follow it: x + (before - x) m for each m, in one launch.
+"""What a mix of a layer begins with, in one launch: residual sum, layer norm, token shift, mixes.
 
 `token_shift` says what stands before a token; without a GPU it is what runs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rwkv7.nn.again import again
 from rwkv7.nn.token_shift import Packing, token_shift
-from rwkv7.wkv7 import needs_operator
+from rwkv7.wkv7 import Operation
 
-from .launch import channel_block, on_device_of, rows_apiece, runs_fused
+from .launch import of_parameters, on_device_of, power_of_two, rows_apiece, runs_fused
 
 MOST_MIXES = 6
-_ROWS = 16  # a forward program's
-_WARPS = {"forward": 4, "backward": 2}
+MOST_CHANNELS = 8192  # a row is one program's
+
+
+class Shifted(NamedTuple):
+    """What `shifted_mixes` gives."""
+
+    x: Tensor  # [B, T, C], the sum
+    mixed: tuple[Tensor, ...]  # each [B, T, C]
+    last: Tensor  # [S, C], the norms to carry on
+    moments: Tensor | None  # of the rows, with which the same call gives the same bits again
 
 
 def shifted_mixes(
     x: Tensor,  # [B, T, C]
+    added: Tensor | None,  # [B, T, C]
+    norm: nn.LayerNorm,
     carried: Tensor | None,  # [S, C]
     packed: Packing | None,
     mixes: tuple[Tensor, ...],  # each [C]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(x + (before - x) m for each m of `mixes`, each [B, T, C]; the vectors to carry on [S, C]).
+    moments: Tensor | None = None,
+) -> Shifted:
+    """z + (before - z) m for each m of `mixes`, with z = norm(x + added) and before the z before.
 
     `carried` and `packed` are as in `token_shift`. There are one or six mixes. Under autocast the
-    kernel writes autocast's dtype, which the matrix products that follow would cast to.
+    kernel writes autocast's dtype, which the matrix products that follow would cast to. A norm of
+    another kind, or with hooks, is called. `moments`: what an earlier call gave for the same sum.
     """
-    if len(mixes) in (1, MOST_MIXES) and runs_fused(x, *mixes):
+    if added is not None and torch.promote_types(x.dtype, added.dtype) != x.dtype:
+        x, added = x + added, None
+    tensors = [x, *mixes] if added is None else [x, added, *mixes]
+    if len(mixes) in (1, MOST_MIXES) and _is_plain(norm) and runs_fused(*tensors, norm.weight):
         sequences = x.shape[0] if packed is None else packed.sequences
         sequence = None if packed is None else packed.sequence
-        run = _shift_mix_operator if needs_operator(x) else _shift_mix
-        *mixed, last = run(x, carried, sequence, list(mixes), sequences, products_dtype(x))
-        return tuple(mixed), last
-    before, last = token_shift(x, carried, packed)
-    return mix(x, before, mixes), last
+        outputs = _norm_mix(
+            x, added, norm.weight, norm.bias, norm.eps, moments, carried, sequence, sequences,
+            products_dtype(x), *mixes, *[None] * (MOST_MIXES - len(mixes)),
+        )  # fmt: skip
+        *mixed, last, moments = outputs if added is None else outputs[:-1]
+        return Shifted(x if added is None else outputs[-1], tuple(mixed), last, moments)
+    if added is not None:
+        x = x + added
+    (normal,) = again(lambda x: (norm(x),), x)
+    before, last = token_shift(normal, carried, packed)
+    return Shifted(x, mix(normal, before, mixes), last, None)
 
 
 def mix(x: Tensor, before: Tensor, mixes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -59,122 +81,178 @@ def six(tensors: list[Tensor]) -> list[Tensor]:
     return [*tensors, *tensors[:1] * (MOST_MIXES - len(tensors))]
 
 
-def _shift_mix(
+def _is_plain(norm: nn.LayerNorm) -> bool:
+    affine = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    hooked = bool(norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    return affine and not hooked and norm.weight.numel() <= MOST_CHANNELS
+
+
+def _row(channels: int) -> dict[str, int]:
+    """The block of a row's channels, and its warps: each thread has eight of a long row."""
+    block = power_of_two(channels)
+    return {"C": channels, "BC": block, "num_warps": max(1, min(16, block // 256))}
+
+
+def _run(
     x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    known: Tensor | None,
     carried: Tensor | None,
     sequence: Tensor | None,
-    mixes: list[Tensor],
     sequences: int,
     dtype: torch.dtype,
+    m0: Tensor,
+    m1: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    m4: Tensor | None,
+    m5: Tensor | None,
 ) -> list[Tensor]:
-    """The mixes and, last, what each sequence carries on."""
-    from .kernels.shift import shift_mix
+    """The mixes, what each sequence carries on, the rows' moments (nothing where they are known)
+    and, of two terms, their sum."""
+    from .kernels.shift import norm_mix
 
     B, T, C = x.shape
+    mixes = [m for m in (m0, m1, m2, m3, m4, m5) if m is not None]
     last = x.new_zeros(sequences, C) if carried is None else carried.to(x.dtype, copy=True)
     last = last.contiguous()
     mixed = [x.new_empty(x.shape, dtype=dtype) for _ in mixes]
+    moments = x.new_empty((2, 0 if known is not None else B * T), dtype=torch.float32)
+    total = None if added is None else x.new_empty(x.shape)
     if B * T:
-        block = channel_block(C)
-        grid = (-(-B * T // _ROWS), -(-C // block))
+        span = rows_apiece(B * T, few=2, many=16)
         with on_device_of(x):
-            shift_mix[grid](
-                x.contiguous(), _contiguous(carried), sequence,
-                *six(mixes), *six(mixed), last, B * T, T,
-                C=C, BR=_ROWS, BC=block, COUNT=len(mixes), PACKED=sequence is not None,
-                GIVEN=carried is not None, num_warps=_WARPS["forward"],
+            norm_mix[(-(-B * T // span),)](
+                x.contiguous(), _contiguous(added), weight, bias, _contiguous(carried), sequence,
+                *six(mixes), *six(mixed), total, last, moments if known is None else known,
+                B * T, T, span, eps, COUNT=len(mixes), PACKED=sequence is not None,
+                GIVEN=carried is not None, ADDED=added is not None, KNOWN=known is not None,
+                **_row(C),
             )  # fmt: skip
-    return [*mixed, last]
+    return [*mixed, last, moments, *([] if total is None else [total])]
 
 
-_shift_mix_operator = torch.library.custom_op("rwkv7::shift_mix", _shift_mix, mutates_args=())
-
-
-@_shift_mix_operator.register_fake
-def _(
+def _fake(
     x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    known: Tensor | None,
     carried: Tensor | None,
     sequence: Tensor | None,
-    mixes: list[Tensor],
     sequences: int,
     dtype: torch.dtype,
+    m0: Tensor,
+    m1: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    m4: Tensor | None,
+    m5: Tensor | None,
 ) -> list[Tensor]:
+    B, T, C = x.shape
+    mixes = [m for m in (m0, m1, m2, m3, m4, m5) if m is not None]
     mixed = [x.new_empty(x.shape, dtype=dtype) for _ in mixes]
-    return [*mixed, x.new_empty(sequences, x.shape[2])]
+    moments = x.new_empty((2, 0 if known is not None else B * T), dtype=torch.float32)
+    total = [] if added is None else [x.new_empty(x.shape)]
+    return [*mixed, x.new_empty(sequences, C), moments, *total]
 
 
-@torch.library.custom_op("rwkv7::shift_mix_backward", mutates_args=())
-def _shift_mix_backward(
+def _run_back(
     dmixed: list[Tensor],
     dlast: Tensor | None,
+    dtotal: Tensor | None,
     x: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     carried: Tensor | None,
     sequence: Tensor | None,
     mixes: list[Tensor],
+    added: torch.dtype,
 ) -> list[Tensor]:
-    """Gradients of x, of each mix and, when there is one, of `carried`."""
-    from .kernels.shift import shift_mix_back
+    """Gradients of x and, as [2 + mixes, C] in fp32, of the norm's parameters and the mixes; then,
+    where they are something else, of what was added (in another dtype than x) and of `carried`."""
+    from .kernels.shift import norm_mix_back
 
     B, T, C = x.shape
-    count, block = len(mixes), channel_block(C)
-    span = rows_apiece(B * T, few=16, many=64)
+    count, span = len(mixes), rows_apiece(B * T, few=16, many=64)
     programs = -(-B * T // span)
     dx = x.new_empty(x.shape)
+    dadded = None if added == x.dtype else x.new_empty(x.shape, dtype=added)
     dcarried = carried
     if carried is not None:
         # What an empty sequence carries on is what it was given.
         dcarried = carried.new_zeros(carried.shape)
         if dlast is not None:
             dcarried.copy_(dlast)
-    parts = x.new_empty((programs, count, C), dtype=torch.float32)
+    parts = x.new_empty((programs, 2 + count, C), dtype=torch.float32)
     if programs:
+        packed, given, halved = (z is not None for z in (sequence, carried, dadded))
         with on_device_of(x):
-            shift_mix_back[(programs, -(-C // block))](
-                x.contiguous(), _contiguous(carried), sequence, *six(mixes),
-                *six([dy.contiguous() for dy in dmixed]), _contiguous(dlast),
-                dx, dcarried, parts, B * T, T, span,
-                C=C, BC=block, COUNT=count, PACKED=sequence is not None,
-                GIVEN=carried is not None, HAS_DLAST=dlast is not None,
-                num_warps=_WARPS["backward"],
+            norm_mix_back[(programs,)](
+                x.contiguous(), moments, weight, bias, _contiguous(carried), sequence,
+                *six(mixes), *six([dy.contiguous() for dy in dmixed]), _contiguous(dtotal),
+                _contiguous(dlast), dx, dadded, dcarried, parts, B * T, T, span,
+                COUNT=count, PACKED=packed, GIVEN=given, HAS_DTOTAL=dtotal is not None,
+                HAS_DLAST=dlast is not None, ADDED=halved, **_row(C),
             )  # fmt: skip
-    dmixes = parts.sum(0)
-    grads = [dx, *(dmixes[i].to(m.dtype, copy=True) for i, m in enumerate(mixes))]
-    return grads if dcarried is None else [*grads, dcarried]
+    return [dx, parts.sum(0), *(x for x in (dadded, dcarried) if x is not None)]
 
 
-@_shift_mix_backward.register_fake
-def _(
+def _fake_back(
     dmixed: list[Tensor],
     dlast: Tensor | None,
+    dtotal: Tensor | None,
     x: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     carried: Tensor | None,
     sequence: Tensor | None,
     mixes: list[Tensor],
+    added: torch.dtype,
 ) -> list[Tensor]:
-    grads = [x.new_empty(x.shape), *(m.new_empty(m.shape) for m in mixes)]
-    return grads if carried is None else [*grads, carried.new_empty(carried.shape)]
+    sums = x.new_empty((2 + len(mixes), x.shape[2]), dtype=torch.float32)
+    dadded = [] if added == x.dtype else [x.new_empty(x.shape, dtype=added)]
+    dcarried = [] if carried is None else [carried.new_empty(carried.shape)]
+    return [x.new_empty(x.shape), sums, *dadded, *dcarried]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, carried, sequence, mixes, _, _ = inputs
-    ctx.save_for_backward(x, carried, sequence, *mixes)
+    x, added, weight, bias, _, known, carried, sequence, _, _, *mixes = inputs
+    mixes = [m for m in mixes if m is not None]
+    count = len(mixes)
+    total = x if added is None else output[-1]
+    moments = output[count + 1] if known is None else known
+    ctx.save_for_backward(total, moments, weight, bias, carried, sequence, *mixes)
     ctx.set_materialize_grads(False)
-    ctx.like = [(y.shape, y.dtype, y.device) for y in output[:-1]]
+    ctx.mixed = output[0].dtype
+    ctx.added = None if added is None else added.dtype
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, carried, sequence, *mixes = ctx.saved_tensors
-    *given, dlast = grads
-    dmixed = [
-        torch.zeros(shape, dtype=dtype, device=device) if dy is None else dy
-        for dy, (shape, dtype, device) in zip(given, ctx.like, strict=True)
-    ]
-    dx, *rest = torch.ops.rwkv7.shift_mix_backward(dmixed, dlast, x, carried, sequence, mixes)
+    x, moments, weight, bias, carried, sequence, *mixes = ctx.saved_tensors
+    count = len(mixes)
+    dmixed = [x.new_zeros(x.shape, dtype=ctx.mixed) if g is None else g for g in grads[:count]]
+    dtotal = None if ctx.added is None else grads[-1]
+    dtype = x.dtype if ctx.added is None else ctx.added
+    dx, sums, *rest = _norm_mix_backward(
+        dmixed, grads[count], dtotal, x, moments, weight, bias, carried, sequence, mixes, dtype
+    )
+    dweight, dbias, *dmixes = of_parameters(sums, (weight, bias, *mixes))
+    dadded = None if ctx.added is None else dx if dtype == x.dtype else rest[0]
     dcarried = None if carried is None else rest[-1]
-    return dx, dcarried, None, rest[: len(mixes)], None, None
+    none = [None] * (MOST_MIXES - count)
+    return dx, dadded, dweight, dbias, None, None, dcarried, None, None, None, *dmixes, *none
 
 
-_shift_mix_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_norm_mix_backward = Operation("rwkv7::norm_mix_backward", _run_back, _fake_back)
+_norm_mix = Operation("rwkv7::norm_mix", _run, _fake)
+_norm_mix.differentiable(_setup_context, _differentiate)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

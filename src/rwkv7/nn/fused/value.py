@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv7.wkv7 import needs_operator
+from rwkv7.wkv7 import Operation
 
-from .launch import TILE_WARPS, head_tile, on_device_of, rows_apiece, runs_fused
+from .launch import (
+    TILE_WARPS,
+    head_tile,
+    of_parameters,
+    on_device_of,
+    rows_apiece,
+    runs_fused,
+)
 
 
 def mixed_value(
@@ -24,12 +31,12 @@ def mixed_value(
     `heads` cuts the channels for the kernel; it changes nothing in the result.
     """
     if runs_fused(v, first, share, v0):
-        run = _mixed_value_operator if needs_operator(v) else _mixed_value
-        return run(v, first, share, v0, heads)
+        found: Tensor = _mixed_value(v, first, share, v0, heads)
+        return found
     return torch.addcmul(v, first - v, torch.sigmoid(v0 + share).to(v.dtype))
 
 
-def _mixed_value(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
+def _run(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
     from .kernels.heads import mixed_value
 
     B, T, C = v.shape
@@ -44,18 +51,14 @@ def _mixed_value(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int
     return out
 
 
-_mixed_value_operator = torch.library.custom_op("rwkv7::mixed_value", _mixed_value, mutates_args=())
-
-
-@_mixed_value_operator.register_fake
-def _(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
+def _fake(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("rwkv7::mixed_value_backward", mutates_args=())
-def _mixed_value_backward(
+def _run_back(
     dout: Tensor, v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of v, first and share, and that of v0 as [1, C] in fp32."""
     from .kernels.heads import mixed_value_back
 
     B, T, C = v.shape
@@ -63,22 +66,21 @@ def _mixed_value_backward(
     tiles = rows_apiece(-(-B * T // tile["BT"]), few=1, many=8)
     programs = -(-B * T // (tiles * tile["BT"]))
     dv, dfirst, dshare = (x.new_empty(x.shape) for x in (v, first, share))
-    parts = v.new_empty((programs, C), dtype=torch.float32)
+    parts = v.new_empty((programs, 1, C), dtype=torch.float32)
     if programs:
         with on_device_of(v):
             mixed_value_back[(programs, heads)](
                 *(x.contiguous() for x in (v, first, share)), v0, dout.contiguous(),
                 dv, dfirst, dshare, parts, B * T, heads, tiles, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
-    return dv, dfirst, dshare, parts.sum(0).to(v0.dtype)
+    return dv, dfirst, dshare, parts.sum(0)
 
 
-@_mixed_value_backward.register_fake
-def _(
+def _fake_back(
     dout: Tensor, v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dv, dfirst, dshare, dv0 = (x.new_empty(x.shape) for x in (v, first, share, v0))
-    return dv, dfirst, dshare, dv0
+    dv, dfirst, dshare = (x.new_empty(x.shape) for x in (v, first, share))
+    return dv, dfirst, dshare, v.new_empty((1, *v0.shape), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,7 +89,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.rwkv7.mixed_value_backward(dout, *ctx.saved_tensors, ctx.heads), None)
+    *tensors, v0 = ctx.saved_tensors
+    *grads, sums = _mixed_value_backward(dout, *tensors, v0, ctx.heads)
+    return (*grads, *of_parameters(sums, (v0,)), None)
 
 
-_mixed_value_operator.register_autograd(_differentiate, setup_context=_setup_context)
+_mixed_value_backward = Operation("rwkv7::mixed_value_backward", _run_back, _fake_back)
+_mixed_value = Operation("rwkv7::mixed_value", _run, _fake)
+_mixed_value.differentiable(_setup_context, _differentiate)

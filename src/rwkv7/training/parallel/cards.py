@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -134,8 +134,17 @@ class Cards:
 
     def clip_(self, largest: float) -> Tensor:
         """Scale the gradient to a norm of at most `largest`; the norm before, over all cards."""
-        norm = clip_grad_norm_(self.model.parameters(), largest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        parameters = [x for x in self.model.parameters() if x.grad is not None]
+        if not any(isinstance(x.grad, DTensor) for x in parameters):
+            return clip_grad_norm_(parameters, largest)
+        # On what lies here: torch's own would dispatch every part of a gradient by itself.
+        with torch.no_grad():
+            parts = [cast("DTensor", x.grad).to_local() for x in parameters]
+            total = torch.stack(torch._foreach_norm(parts)).square().sum()
+            dist.all_reduce(total, group=self._group)
+            norm = total.sqrt()
+            torch._foreach_mul_(parts, (largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

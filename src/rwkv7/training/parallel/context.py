@@ -150,11 +150,11 @@ class _Neighbours:
     def __init__(self, piece: Piece, group: dist.ProcessGroup | None) -> None:
         self._piece, self._group = piece, group
 
-    def shift(self, x: Tensor, carried: Tensor | None) -> Tensor:
+    def shift(self, last: Tensor, carried: Tensor | None) -> Tensor:
         if carried is None:
-            rows = len(self._piece.numbers) if self._piece.packed else x.shape[0]
-            carried = x.new_zeros(rows, x.shape[2])
-        return hand_on_shift(carried, x[:, -1], self._piece, self._group)
+            rows = len(self._piece.numbers) if self._piece.packed else last.shape[0]
+            carried = last.new_zeros(rows, last.shape[1])
+        return hand_on_shift(carried, last, self._piece, self._group)
 
     def wkv7(
         self,

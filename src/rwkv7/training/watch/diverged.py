@@ -56,8 +56,14 @@ class _Seen:
     gradients: list[str] = field(default_factory=list)
 
     def watch(self, model: nn.Module, trained: nn.Module) -> Iterator[Any]:
-        """Hooks on every module with parameters, and on every parameter that is trained."""
+        """Hooks on every module but layer norms, and on every parameter that is trained.
+
+        A layer norm with a hook is run apart from what follows it, which takes more memory; what it
+        spoils is seen there.
+        """
         for name, module in model.named_modules():
+            if type(module) is nn.LayerNorm:
+                continue
             yield module.register_forward_hook(self._on_output(name or "the model"))
         for name, x in trained.named_parameters():
             if x.requires_grad:

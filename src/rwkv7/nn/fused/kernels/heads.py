@@ -99,12 +99,15 @@ def mixed_value_back(
 def key_operands(
     k_ptr: tl.tensor,
     rate_ptr: tl.tensor,
+    decay_ptr: tl.tensor,
     a0_ptr: tl.tensor,
     k_k_ptr: tl.tensor,
     k_a_ptr: tl.tensor,
+    w0_ptr: tl.tensor,
     key_ptr: tl.tensor,
     remove_ptr: tl.tensor,
     replace_ptr: tl.tensor,
+    w_ptr: tl.tensor,
     rows: tl.tensor,
     H: tl.tensor,
     EPS: tl.constexpr,
@@ -112,7 +115,7 @@ def key_operands(
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The operator's k, a and b from the key and the learning rate's pre-activation."""
+    """The operator's k, a, b and w from the key and the two pre-activations."""
     at, inside = _tile(tl.program_id(0) * BT, rows, H, N, BT, BN)
     k = tl.load(k_ptr + at, inside, other=0.0).to(tl.float32)
     rate = tl.load(rate_ptr + at, inside, other=0.0).to(tl.float32)
@@ -123,6 +126,8 @@ def key_operands(
     tl.store(key_ptr + at, key.to(key_ptr.dtype.element_ty), inside)
     tl.store(remove_ptr + at, (-unit).to(remove_ptr.dtype.element_ty), inside)
     tl.store(replace_ptr + at, (unit * a).to(replace_ptr.dtype.element_ty), inside)
+    decay = tl.load(decay_ptr + at, inside, other=0.0).to(tl.float32)
+    tl.store(w_ptr + at, (_vector(w0_ptr, N, BN) + decay).to(w_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["rows", "H", "tiles"])
@@ -135,8 +140,10 @@ def key_operands_back(
     dkey_ptr: tl.tensor,
     dremove_ptr: tl.tensor,
     dreplace_ptr: tl.tensor,
+    dw_ptr: tl.tensor,
     dk_ptr: tl.tensor,
     drate_ptr: tl.tensor,
+    ddecay_ptr: tl.tensor,
     parts_ptr: tl.tensor,
     rows: tl.tensor,
     H: tl.tensor,
@@ -146,13 +153,14 @@ def key_operands_back(
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dk, drate, and the parts [programs, 3, C] of the gradients of a0, k_k and k_a."""
+    """dk, drate, ddecay, and the parts [programs, 4, C] of the gradients of a0, k_k, k_a, w0."""
     a0 = _vector(a0_ptr, N, BN)
     k_k = _vector(k_k_ptr, N, BN)
     k_a = _vector(k_a_ptr, N, BN)
     da0 = tl.zeros([BT, BN], tl.float32)
     dk_k = tl.zeros([BT, BN], tl.float32)
     dk_a = tl.zeros([BT, BN], tl.float32)
+    dw0 = tl.zeros([BT, BN], tl.float32)
     for i in range(tiles):
         at, inside = _tile((tl.program_id(0) * tiles + i) * BT, rows, H, N, BT, BN)
         k = tl.load(k_ptr + at, inside, other=0.0).to(tl.float32)
@@ -175,12 +183,16 @@ def key_operands_back(
         dk = dkey * (1.0 - rest * k_a) + dscaled * k_k
         tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), inside)
         tl.store(drate_ptr + at, drate.to(drate_ptr.dtype.element_ty), inside)
+        dw = tl.load(dw_ptr + at, inside, other=0.0).to(tl.float32)
+        tl.store(ddecay_ptr + at, dw.to(ddecay_ptr.dtype.element_ty), inside)
         da0 += drate
         dk_k += dscaled * k
         dk_a -= dkey * k * rest
-    _keep_part(parts_ptr, 0, 3, da0, H, N, BN)
-    _keep_part(parts_ptr, 1, 3, dk_k, H, N, BN)
-    _keep_part(parts_ptr, 2, 3, dk_a, H, N, BN)
+        dw0 += dw
+    _keep_part(parts_ptr, 0, 4, da0, H, N, BN)
+    _keep_part(parts_ptr, 1, 4, dk_k, H, N, BN)
+    _keep_part(parts_ptr, 2, 4, dk_a, H, N, BN)
+    _keep_part(parts_ptr, 3, 4, dw0, H, N, BN)
 
 
 @triton.jit
