@@ -219,7 +219,10 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31() -> None:
-    """More elements in a tensor than 32 bits count: the last sequence is as right as alone."""
+    """More elements in a tensor than 32 bits count: the last sequence is as right as alone.
+
+    Not the same bits: what is alone leaves a card empty, and is walked another way.
+    """
     T, H, K = 4096, 64, 64
     x = torch.zeros(2**31 // (T * H * K) + 2, T, H, K, dtype=torch.bfloat16, device="cuda")
     x[-1] = -0.1 * torch.rand(T, H, K, device="cuda")
@@ -227,6 +230,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
         with torch.no_grad():
             y, final = wkv7(*[x] * 6, decay=decay, backend="triton")
             expected, state = wkv7(*[x[-1:].clone()] * 6, decay=decay, backend="triton")
-        assert torch.equal(y[-1:], expected) and torch.equal(final[-1:], state)
+        bound = BOUNDS[torch.bfloat16]  # each is that far from the truth at most
+        assert relative_error(y[-1:], expected) <= 2 * bound.y
+        assert relative_error(final[-1:], state) <= 2 * bound.state
         assert expected.any() and not y[0].any()
         del y
