@@ -63,6 +63,21 @@ def test_train_stop_resume(
     assert "expected at least one file" in str(result.exception)
 
 
+def test_settings_that_follow_from_others_or_contradict_them(
+    app: typer.Typer, tmp_path: Path
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("in the beginning was the word, " * 20)
+    given = [str(text), "--out", str(tmp_path / "run"), "--steps", "1", "--warmup", "0", *SMALL]
+    result = CliRunner().invoke(app, [*given, "--lr", "5e-5"])
+    assert result.exit_code == 0, result.output
+    found = newest_checkpoint(tmp_path / "run")
+    assert found is not None and found.settings.lr_final == 5e-5
+    result = CliRunner().invoke(app, [*given, "--held-out-file", str(text)])
+    assert isinstance(result.exception, ValueError)
+    assert "nothing beside --held-out-file, found 50" in str(result.exception)
+
+
 def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
     app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
     of it or what --tune names. Ctrl-C finishes the step and saves; go on with --resume, for which
     OUT is enough. On several cards: torchrun --nproc-per-node 2 -m rwkv7 train …
     """
+    given = _settled(call, given)
     if launched():
         _train_among_others(call, given)
         return
@@ -80,6 +81,19 @@ def _train(call: _Call, given: dict[str, Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     _tell(result, call.out)
+
+
+def _settled(call: _Call, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are given, with what follows from one that is given alone."""
+    if call.held_out_file is not None and "held_out" in given:
+        raise ValueError(
+            f"held_out: expected nothing beside --held-out-file, found {given['held_out']}; "
+            "leave one of them out"
+        )
+    if "lr" in given and not (call.resume or call.base):
+        final = TrainSettings.__dataclass_fields__["lr_final"].default
+        return {"lr_final": min(given["lr"], final), **given}
+    return given
 
 
 def _train_among_others(call: _Call, given: dict[str, Any]) -> None:
