@@ -167,3 +167,9 @@ def test_the_same_tensor_in_two_shards(good):
     listing = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (hf / "model.safetensors.index.json").write_text(json.dumps(listing))
     refused(hf, r"is in a\.safetensors and b\.safetensors")
+
+
+def test_the_folder_of_a_run_that_tuned_adapters_says_where_its_model_is(tmp_path):
+    (tmp_path / "merged.safetensors").touch()
+    with pytest.raises(ValueError, match=r"tuned adapters; its model is .*merged\.safetensors"):
+        load_model(tmp_path)

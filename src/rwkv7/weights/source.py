@@ -23,6 +23,8 @@ from rwkv7.files import TensorFile, json_object, open_tensors
 from . import fla
 from .official import config_from_tensors
 
+# What a run of `rwkv7 train` leaves that tuned adapters.
+MERGED = "merged.safetensors"
 # The files of a model in a Hugging Face folder, and of one that `rwkv7 train` wrote, best first.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = tuple(f"{name}.index.json" for name in _SINGLE)
@@ -175,6 +177,10 @@ def _newest_of_run(path: Path) -> Path:
                 return file
         except ValueError as error:
             warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=4)
+    if (path / MERGED).is_file():
+        raise ValueError(
+            f"{path}: this run tuned adapters; its model is {path / MERGED}, name that"
+        )
     raise ValueError(
         f"{path}: expected {', '.join((*_SINGLE, *_INDEX))} or checkpoints/step-*/model.safetensors"
         f" in this folder, found {'no whole one' if found else 'none'}"

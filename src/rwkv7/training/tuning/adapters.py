@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from rwkv7.nn import RWKV7
 from rwkv7.training.settings import TrainSettings
 from rwkv7.weights import load_model, save_model
+from rwkv7.weights.source import MERGED
 
 from .base import Base
 from .whole import Tuning
@@ -72,7 +73,7 @@ class AdapterTuning(Tuning):
     def finish(self, out: Path) -> list[Path]:
         """Writes adapter/ and merged.safetensors into the folder of the run."""
         self.save(out, {})
-        merged = out / "merged.safetensors"
+        merged = out / MERGED
         self.export(merged)
         return [out / FOLDER, merged]
 
