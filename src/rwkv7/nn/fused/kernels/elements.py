@@ -9,7 +9,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def sigmoid(x: tl.tensor):
     """1 / (1 + exp(-x)), with full relative precision where it is small."""
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * x))
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit

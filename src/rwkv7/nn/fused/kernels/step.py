@@ -93,7 +93,7 @@ def head_step(
     key = k + k * (a - 1.0) * channels(k_a, own, inside)
 
     removed = tl.sum(S * unit[None, :], 1)
-    S = S * tl.exp2((-DECAY_SCALE * LOG2E) * w)[None, :]
+    S = S * tl.exp2(w * (-DECAY_SCALE * LOG2E))[None, :]
     S = S - removed[:, None] * (unit * a)[None, :] + v[:, None] * key[None, :]
 
     y = tl.sum(S * r[None, :], 1)

@@ -74,7 +74,7 @@ def log2_decay(w: tl.tensor, LOGIT: tl.constexpr):
     """The base-2 logarithm of the decay that w stands for, in fp32."""
     w = w.to(tl.float32)
     if LOGIT:
-        log = (-LOGIT_SCALE * LOG2E) / (1.0 + tl.exp2(-LOG2E * w))
+        log = tl.full(w.shape, -LOGIT_SCALE * LOG2E, tl.float32) / (1.0 + tl.exp2(w * -LOG2E))
     else:
         log = w * LOG2E
     return log
@@ -88,9 +88,9 @@ def decay_gradient(gradient: tl.tensor, w: tl.tensor, LOGIT: tl.constexpr):
     """
     if LOGIT:
         # Beyond -64 the gradient vanishes, and exp(-w) would be infinite.
-        inverse = tl.exp2(-LOG2E * tl.maximum(w.to(tl.float32), -64.0))
+        inverse = tl.exp2(tl.maximum(w.to(tl.float32), -64.0) * -LOG2E)
         rise = 1.0 / (1.0 + inverse)
-        slope = (-LOGIT_SCALE * rise) * (inverse * rise)
+        slope = (rise * -LOGIT_SCALE) * (inverse * rise)
         gradient = gradient * slope
     return gradient
 
