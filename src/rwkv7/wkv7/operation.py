@@ -69,4 +69,5 @@ def is_traced(x: Tensor | list[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return True
     first = x[0] if isinstance(x, list) else x
-    return type(first) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    shape_alone = type(first) is not Tensor or first.is_meta
+    return shape_alone or torch._C._len_torch_dispatch_stack() > 0

@@ -157,9 +157,9 @@ DEVICE void rows_loaded(char* shared, int tokens) {
     const int first = STEP * prepared_step();
     copies_done();
     sync_step();
-    if (!LOGIT) return;  // zeros, as they were filled, are decays of 1
-    const int missing = first + STEP > tokens ? STEP * N : 0;
-    for (int i = 32 * prepared_part() + lane_id(); i < missing; i += 32 * WARPS_PER_STEP) {
+    // Zeros, as they were filled, are decays of 1. Several warps must meet at the barrier below.
+    if (!LOGIT || (WARPS_PER_STEP == 1 && first + STEP <= tokens)) return;
+    for (int i = 32 * prepared_part() + lane_id(); i < STEP * N; i += 32 * WARPS_PER_STEP) {
         const int row = first + i / N, channel = i % N;
         if (row < tokens) continue;
         if (W_FP32)
