@@ -127,14 +127,16 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
 def newest_trouble(run: Path) -> str | None:
     """What keeps the run's newest checkpoint from being used, in words; None where nothing does,
     or there is none."""
-    for step, path in sorted(_folders(run), reverse=True):
-        try:
-            _opened(path, step)
-        except KeyError as error:
-            return f"{path.name} cannot be used: {TRAINING} does not say {error}"
-        except _UNUSABLE as error:
-            return f"{path.name} cannot be used: {_reason(error)}"
+    newest = max(_folders(run), default=None)
+    if newest is None:
         return None
+    step, path = newest
+    try:
+        _opened(path, step)
+    except KeyError as error:
+        return f"{path.name} cannot be used: {TRAINING} does not say {error}"
+    except _UNUSABLE as error:
+        return f"{path.name} cannot be used: {_reason(error)}"
     return None
 
 
