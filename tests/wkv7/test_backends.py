@@ -221,15 +221,18 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def test_offsets_beyond_two_to_the_31() -> None:
     """More elements in a tensor than 32 bits count: the last sequence is as right as alone.
 
-    Not the same bits: what is alone leaves a card empty, and is walked another way.
+    Not the same bits: what is alone leaves a card empty, and is walked another way. a is -b, as a
+    model has it: with equal signs a state grows without end.
     """
     T, H, K = 4096, 64, 64
     x = torch.zeros(2**31 // (T * H * K) + 2, T, H, K, dtype=torch.bfloat16, device="cuda")
     x[-1] = -0.1 * torch.rand(T, H, K, device="cuda")
+    inputs = (x, x, x, x, -x, x)
     for decay in ("logit", "log"):  # by chunks, and token by token
         with torch.no_grad():
-            y, final = wkv7(*[x] * 6, decay=decay, backend="triton")
-            expected, state = wkv7(*[x[-1:].clone()] * 6, decay=decay, backend="triton")
+            y, final = wkv7(*inputs, decay=decay, backend="triton")
+            alone = (z[-1:].clone() for z in inputs)
+            expected, state = wkv7(*alone, decay=decay, backend="triton")
         bound = BOUNDS[torch.bfloat16]  # each is that far from the truth at most
         assert relative_error(y[-1:], expected) <= 2 * bound.y
         assert relative_error(final[-1:], state) <= 2 * bound.state
