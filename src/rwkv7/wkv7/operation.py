@@ -46,12 +46,13 @@ class Operation:
             return tuple(outputs) if ctx.is_list else outputs
 
         def back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            # With create_graph; else the wrapper would only switch off what is off.
+            if torch.is_grad_enabled():
+                return guarded(ctx, *grads)
             return backward(ctx, list(grads)) if ctx.is_list else backward(ctx, *grads)
 
-        methods = {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(once_differentiable(back)),
-        }
+        guarded = once_differentiable(back)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(back)}
         node: Any = type(self._name, (torch.autograd.Function,), methods)
         self._node = node.apply
 

@@ -49,15 +49,20 @@ def wkv7_step_(
     check_decay_form(decay)
     check_inputs(inputs, 3)
     _check_pool(state, slots, r, v)
-    for name, x in {**inputs, "state": state}.items():
-        if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled():
+        _refuse_gradients({**inputs, "state": state})
+    # The registered operation is for tracing; going through it takes longer than a small step.
+    traced = torch.compiler.is_compiling() or type(state) is not Tensor
+    return (_step if traced else _advance)(r, w, k, v, a, b, state, decay, slots)
+
+
+def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.requires_grad:
             raise RuntimeError(
                 f"{name}: requires grad, and wkv7_step_ changes the state in place, for inference "
                 "only. Use wkv7 with T = 1, or torch.no_grad()"
             )
-    # The registered operation is for tracing; going through it takes longer than a small step.
-    traced = torch.compiler.is_compiling() or type(state) is not Tensor
-    return (_step if traced else _advance)(r, w, k, v, a, b, state, decay, slots)
 
 
 def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> None:
