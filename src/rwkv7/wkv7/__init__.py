@@ -1,6 +1,6 @@
 from .contract import DECAY_SCALE, checks_wanted
 from .op import batch_invariant, checks, explain, unchecked, wkv7, wkv7_step_
-from .operation import Operation
+from .operation import Operation, is_traced
 
 __all__ = [
     "DECAY_SCALE",
@@ -9,6 +9,7 @@ __all__ = [
     "checks",
     "checks_wanted",
     "explain",
+    "is_traced",
     "unchecked",
     "wkv7",
     "wkv7_step_",

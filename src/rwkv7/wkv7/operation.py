@@ -6,7 +6,7 @@ Going through one takes the host longer than many kernels take the GPU, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,18 @@ class Operation:
         run: annotated as torch.library.custom_op wants it; its outputs share no memory with its
             inputs or with each other.
         fake: the same without values, for tracers.
+        changes: the names of the arguments that `run` changes in place.
     """
 
-    def __init__(self, name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        changes: Sequence[str] = (),
+    ) -> None:
         self._name, self._run = name, run
-        self._operator = torch.library.custom_op(name, run, mutates_args=())
+        self._operator = torch.library.custom_op(name, run, mutates_args=changes)
         self._operator.register_fake(fake)
         self._node: Callable[..., Any] | None = None
 

@@ -13,6 +13,7 @@ from .contract import (
     log_decay,
     state_dtype,
 )
+from .operation import Operation
 from .registry import select_step
 
 
@@ -51,9 +52,8 @@ def wkv7_step_(
     _check_pool(state, slots, r, v)
     if torch.is_grad_enabled():
         _refuse_gradients({**inputs, "state": state})
-    # The registered operation is for tracing; going through it takes longer than a small step.
-    traced = torch.compiler.is_compiling() or type(state) is not Tensor
-    return (_step if traced else _advance)(r, w, k, v, a, b, state, decay, slots)
+    y: Tensor = _step(r, w, k, v, a, b, state, decay, slots)
+    return y
 
 
 def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
@@ -137,11 +137,7 @@ def _advance(
     return y.to(v_dtype)
 
 
-_step = torch.library.custom_op("rwkv7::wkv7_step_", _advance, mutates_args=("state",))
-
-
-@_step.register_fake
-def _(
+def _fake(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -153,6 +149,9 @@ def _(
     slots: Tensor | None,
 ) -> Tensor:
     return v.new_empty(v.shape)
+
+
+_step = Operation("rwkv7::wkv7_step_", _advance, _fake, changes=("state",))
 
 
 def _first_of_run(slots: Tensor) -> int | None:

@@ -5,14 +5,12 @@ For inference only, and on a GPU without host synchronisation, so that a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rwkv7.nn.token_shift import Slots, shift_in_pool_
-from rwkv7.wkv7 import DECAY_SCALE, checks_wanted
+from rwkv7.wkv7 import DECAY_SCALE, Operation, checks_wanted, is_traced
 
 from .keys import KEY_NORM_EPS
 from .launch import channel_block, on_device_of, runs_fused
@@ -55,7 +53,7 @@ def mixed_in_pool_(
     """x + (before - x) m for each m, `before` the rows of `pool`, whose place x takes."""
     # torch registers no operation that changes an argument and returns a list of tensors; in a
     # compiled step the compiler fuses the plain one.
-    if len(mixes) in (1, MOST_MIXES) and not _is_traced(pool) and _runs(pool, x, *mixes):
+    if len(mixes) in (1, MOST_MIXES) and not is_traced(pool) and _runs(pool, x, *mixes):
         return _mix_in_pool_(x, pool, slots.wkv, list(mixes))
     return mix(x, shift_in_pool_(x, pool, slots), mixes)
 
@@ -80,19 +78,12 @@ def time_mix_step_(
     The value residual, `key_operands`, `wkv7_step_` on rows of the pool `state` and
     `gated_output`, with nothing rounded between them. `eps` is the group norm's.
     """
-    run: Callable[..., Tensor] = _time_mix_step_
-    if _is_traced(state):
-        run = _time_mix_step_operator
-    return run(*projections, v_first, *parameters, eps, state, slots)
+    out: Tensor = _time_mix_step_(*projections, v_first, *parameters, eps, state, slots)
+    return out
 
 
 def _runs(pool: Tensor, *tensors: Tensor) -> bool:
     return pool.is_contiguous() and runs_fused(pool, *tensors) and not checks_wanted(pool.device)
-
-
-def _is_traced(pool: Tensor) -> bool:
-    # Registered operations are for tracing; going through one takes longer than a small step.
-    return torch.compiler.is_compiling() or type(pool) is not Tensor
 
 
 def _mix_in_pool_(
@@ -112,7 +103,7 @@ def _mix_in_pool_(
     return tuple(mixed)
 
 
-def _time_mix_step_(
+def _run(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -151,13 +142,7 @@ def _time_mix_step_(
     return out
 
 
-_time_mix_step_operator = torch.library.custom_op(
-    "rwkv7::time_mix_step_", _time_mix_step_, mutates_args=("state",)
-)
-
-
-@_time_mix_step_operator.register_fake
-def _(
+def _fake(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -179,3 +164,6 @@ def _(
     slots: Tensor,
 ) -> Tensor:
     return v.new_empty(v.shape)
+
+
+_time_mix_step_ = Operation("rwkv7::time_mix_step_", _run, _fake, changes=("state",))
