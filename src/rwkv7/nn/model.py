@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -372,3 +373,13 @@ class RWKV7(nn.Module):
                 f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, "
                 f"found {low} to {high}"
             ) from None
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers a model of these sizes has, told from small ones: layers after the first are
+    alike."""
+    one, two = (
+        sum(x.numel() for x in RWKV7(replace(config, layers=layers), device="meta").parameters())
+        for layers in (1, 2)
+    )
+    return one + (config.layers - 1) * (two - one)
