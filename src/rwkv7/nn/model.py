@@ -113,10 +113,12 @@ class Block(nn.Module):
             time, channel = self.att.weights_of_step(), self.ffn.weights_of_step()
             if time is not None and channel is not None:
                 return self._layer_(stream, v_first, pool, slots.wkv, time, channel)
-        x = stream.total()
+        # A product of [B, 1, C] is four operations on the CPU, one of [B, C] is two.
+        x = stream.total().squeeze(1)
         out, v_first = self.att.step_(self.ln1(x), v_first, pool.time_shift, pool.wkv, slots)
         x = x + out
-        return Stream(x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots)), v_first
+        x = x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots)
+        return Stream(x.unsqueeze(1)), v_first
 
     def _layer_(
         self,

@@ -121,7 +121,7 @@ def _advance(
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()
-    if slots is not None and (first := _first_of_run(slots)) is not None:
+    if slots is not None and (first := first_of_run(slots)) is not None:
         state, slots = state.narrow(0, first, len(slots)), None
     # A skipped row reads row 0 and writes nothing back. Products and sums are elementwise: for
     # matrices this small they are faster than matrix products, and autocast leaves them alone.
@@ -154,12 +154,12 @@ def _fake(
 _step = Operation("rwkv7::wkv7_step_", _advance, _fake, changes=("state",))
 
 
-def _first_of_run(slots: Tensor) -> int | None:
+def first_of_run(slots: Tensor) -> int | None:
     """Where rows that follow each other begin: a view of the pool, so that nothing is copied.
 
     None for other rows, and on a GPU, which would have to be waited for.
     """
-    if slots.device.type != "cpu" or not len(slots):
+    if type(slots) is not Tensor or slots.device.type != "cpu" or not len(slots):
         return None
     rows = slots.tolist()
     return rows[0] if rows[0] >= 0 and rows == [*range(rows[0], rows[0] + len(rows))] else None

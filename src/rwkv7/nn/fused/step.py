@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rwkv7.nn.token_shift import Slots, shift_in_pool_
@@ -14,13 +15,13 @@ from rwkv7.wkv7 import DECAY_SCALE, Operation, checks_wanted, is_traced
 
 from .keys import KEY_NORM_EPS
 from .launch import channel_block, on_device_of, runs_fused
-from .shift import MOST_MIXES, mix, products_dtype, six
+from .shift import MOST_MIXES, products_dtype, six
 
 LARGEST_HEAD = 128  # a program holds a head's whole state in registers
 
 
 class Projections(NamedTuple):
-    """What time mix makes of a token by matrix products, each [B, T, C]."""
+    """What time mix makes of a token by matrix products, each [B, T, C], or [B, C] in a step."""
 
     r: Tensor
     w: Tensor  # of the decay, before w0 is added
@@ -45,7 +46,7 @@ class StepParameters(NamedTuple):
 
 
 def mixed_in_pool_(
-    x: Tensor,  # [B, 1, C]
+    x: Tensor,  # [B, C]
     pool: Tensor,  # [P, C]
     slots: Slots,
     mixes: tuple[Tensor, ...],  # each [C]
@@ -55,7 +56,8 @@ def mixed_in_pool_(
     # compiled step the compiler fuses the plain one.
     if len(mixes) in (1, MOST_MIXES) and not is_traced(pool) and _runs(pool, x, *mixes):
         return _mix_in_pool_(x, pool, slots.wkv, list(mixes))
-    return mix(x, shift_in_pool_(x, pool, slots), mixes)
+    delta = shift_in_pool_(x, pool, slots)
+    return tuple(torch.addcmul(x, delta, m) for m in mixes)
 
 
 def runs_fused_step(state: Tensor, projections: Projections) -> bool:
@@ -66,14 +68,15 @@ def runs_fused_step(state: Tensor, projections: Projections) -> bool:
 
 
 def time_mix_step_(
-    projections: Projections,  # T = 1
+    projections: Projections,  # of B tokens
     v_first: Tensor | None,  # [B, 1, C]
     parameters: StepParameters,
     eps: float,
     state: Tensor,  # [P, H, N, N]
     slots: Tensor,  # [B]
 ) -> Tensor:
-    """From time mix's projections to its gated output [B, 1, C], in one launch.
+    """From time mix's projections to its gated output, as they are [B, C] or [B, 1, C], in one
+    launch.
 
     The value residual, `key_operands`, `wkv7_step_` on rows of the pool `state` and
     `gated_output`, with nothing rounded between them. `eps` is the group norm's.
@@ -91,7 +94,7 @@ def _mix_in_pool_(
 ) -> tuple[Tensor, ...]:
     from .kernels.step import mix_in_pool
 
-    B, _, C = x.shape
+    B, C = x.shape
     mixed = [x.new_empty(x.shape, dtype=products_dtype(x)) for _ in mixes]
     if B:
         block = channel_block(C)
