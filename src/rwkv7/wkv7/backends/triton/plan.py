@@ -87,12 +87,16 @@ def why_tokens(call: Call) -> str:
 
 
 def _largest(v: torch.Tensor) -> int:
-    return CHUNK_LARGEST_ELSEWHERE if v.is_cuda and not _is_hopper(v.device) else CHUNK_LARGEST
+    return CHUNK_LARGEST_ELSEWHERE if v.is_cuda and not _hopper(v) else CHUNK_LARGEST
+
+
+def _hopper(v: torch.Tensor) -> bool:
+    return v.is_cuda and torch.version.hip is None and _generation(v.device) == 9
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _exact_on_gpu(call: Call) -> bool:
