@@ -99,6 +99,10 @@ def test_file_refuses_what_is_not_whole(tmp_path):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"layers\[1\]\.wkv: expected \[1, 3, 8, 8\]"):
         ModelState.load(path, SMALL)
+    state.save(path, SMALL)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="not those that were saved"):
+        ModelState.load(path, SMALL)
     del tensors["layers.1.wkv"]
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"lacks layers\.1\.wkv"):
@@ -122,6 +126,21 @@ def test_tuned_state_there_and_back(tmp_path, suffix):
     assert load_tuned(path, SMALL, torch.bfloat16).layers[0].time_shift.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"time_state is too much"):
         load_tuned(path, OTHER)
+
+
+@pytest.mark.parametrize("prefix", ["_forward_module.", "_forward_module.model."])
+def test_tuned_state_with_the_prefix_of_a_trainer(tmp_path, prefix):
+    state, path = ModelState.zeros(SMALL), tmp_path / "tuned.pth"
+    for layer in state.layers:
+        layer.wkv.normal_()
+    save_tuned(state, path)
+    content = {prefix + name: x for name, x in torch.load(path).items()}
+    torch.save(content, path)
+    assert_equal(load_tuned(path, SMALL), state)
+    for odd in (f"{prefix}blocks.3.att.time_state", "blocks.2.att.time_state"):
+        torch.save({**content, odd: content[f"{prefix}blocks.2.att.time_state"]}, path)
+        with pytest.raises(ValueError, match=rf"{odd} is too much"):
+            load_tuned(path, SMALL)
 
 
 def test_tuned_state_refuses_to_lose_anything(tmp_path):

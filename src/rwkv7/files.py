@@ -32,6 +32,8 @@ _LOADING = (
     *(zipfile.BadZipFile, NotImplementedError, SafetensorError),
 )
 
+# What DeepSpeed, DistributedDataParallel, torch.compile and enclosing modules put before names.
+WRAPPERS = r"(?:(?:_forward_module|module|_orig_mod|model)\.)*"
 _FULL = 1 << 16  # a disk with fewer bytes left has no room for the next piece of a file
 _FORGOTTEN = 3600.0  # seconds after which a temporary file has no writer any more
 _SAFETENSORS_OWN = f".tmp{'[0-9A-Za-z]' * 6}"  # what it calls its temporary files

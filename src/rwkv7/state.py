@@ -6,9 +6,11 @@ is the caller's affair: a model takes one and gives one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
-from .files import json_object, open_tensors, write_atomically
+from .files import WRAPPERS, json_object, open_tensors, write_atomically
 
+_TUNED = re.compile(rf"({WRAPPERS})blocks\.\d+\.att\.time_state")
 # What a state file says of itself. The version rises when older readers would misread it.
 _FORMAT = {"kind": "rwkv7 state", "version": "1", "layout": "B, H, V, K"}
 
@@ -171,13 +174,17 @@ class ModelState:
             for i, layer in enumerate(self.layers)
             for name, x in zip(LayerState._fields, layer, strict=True)
         }
-        return tensors, {**_FORMAT, "dimensions": json.dumps(_dimensions(config))}
+        dimensions = json.dumps(_dimensions(config))
+        return tensors, {**_FORMAT, "dimensions": dimensions, "digest": _digest(tensors)}
 
     @staticmethod
     def from_tensors(
         tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: ModelConfig
     ) -> ModelState:
-        """The inverse of `to_tensors`; ValueError says what does not fit this model."""
+        """The inverse of `to_tensors`; ValueError says what does not fit this model, or the digest.
+
+        A file that an earlier release wrote has no digest, and is believed.
+        """
         for name, expected in _FORMAT.items():
             if (said := metadata.get(name)) != expected:
                 raise ValueError(f"expected a state file with {name} {expected!r}, found {said!r}")
@@ -201,6 +208,9 @@ class ModelState:
             raise ValueError(f"{names[0][1]}: expected [B, C], found {list(shift.shape)}")
         _check_floating(shift.dtype)
         state.check(config, shift.shape[0], shift.dtype, shift.device)
+        chosen = {name: tensors[name] for layer in names for name in layer}
+        if metadata.get("digest", digest := _digest(chosen)) != digest:
+            raise ValueError("its numbers are not those that were saved: the file is damaged")
         return state
 
     def save(self, path: str | os.PathLike[str], config: ModelConfig) -> None:
@@ -239,8 +249,8 @@ def load_tuned(
     """The state of one sequence from a tuned-state file, to begin a text with.
 
     Such a file has `blocks.i.att.time_state` [H, V, K] for each layer and nothing else; the
-    token shifts begin at zero. Files for RWKV-5 and 6 use the same name for [H, K, V] and cannot
-    be told apart.
+    token shifts begin at zero. What trainers put before names (`_forward_module.`) is passed over.
+    Files for RWKV-5 and 6 use the same name for [H, K, V] and cannot be told apart.
 
     Args:
         path: .pth or .safetensors.
@@ -254,14 +264,16 @@ def load_tuned(
     state = ModelState.zeros(config, 1, dtype)
     expected = [_tuned_name(i) for i in range(config.layers)]
     with open_tensors(path) as tensors:
-        if set(tensors) != set(expected):
-            odd = sorted(set(tensors) ^ set(expected))[0]
+        prefix = next((match[1] for name in tensors if (match := _TUNED.fullmatch(name))), "")
+        found = {name.removeprefix(prefix): name for name in sorted(tensors)}
+        if set(found) != set(expected) or len(found) < len(tensors):
+            odd = sorted(set(tensors) ^ {prefix + name for name in expected})[0]
             raise ValueError(
                 f"{path}: expected {expected[0]} to {expected[-1]}, one for each layer of the "
                 f"model, and nothing else; {odd} is {'too much' if odd in tensors else 'missing'}"
             )
         for name, layer in zip(expected, state.layers, strict=True):
-            x, shape = tensors[name], layer.wkv.shape[1:]
+            x, shape = tensors[found[name]], layer.wkv.shape[1:]
             if x.shape != shape:
                 raise ValueError(
                     f"{path}: {name}: expected [H, V, K] = {list(shape)}, found {list(x.shape)}"
@@ -344,6 +356,13 @@ def _row_numbers(rows: Tensor | Sequence[int]) -> Tensor:
     if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
         raise TypeError(f"rows: expected whole numbers, found a tensor of {rows.dtype}")
     return rows.long()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _dimensions(config: ModelConfig) -> dict[str, int]:

@@ -82,11 +82,15 @@ def test_mistakes_are_one_line(evaluated, names, line):
 def test_tasks_of_the_harness_stand_beside_files(evaluated, monkeypatch, tmp_path):
     asked = {}
 
-    def answer(model, tokenizer, tasks, **options):
-        asked.update(options, tasks=tasks)
-        return [{"task": task, "kind": "harness", "acc": 0.25, "questions": 4} for task in tasks]
+    class Answers:
+        def __init__(self, tasks, **options):
+            asked.update(options, tasks=tasks)
 
-    monkeypatch.setattr(harness, "evaluate_tasks", answer)
+        def evaluate(self, model, tokenizer):
+            figures = {"kind": "harness", "acc": 0.25, "questions": 4}
+            return [{"task": task, **figures} for task in asked["tasks"]]
+
+    monkeypatch.setattr(harness, "HarnessTasks", Answers)
     options = ("--harness", "piqa, arc_easy", "--shots", "2", "--limit", "4")
     code, out, _ = evaluated("text.txt", options=(*options, "--json", str(tmp_path / "out.json")))
     assert code == 0

@@ -104,7 +104,9 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_would_take(
     result = CliRunner().invoke(app, tuned)
     assert f"parameters   {parameters + 64:,}, of which 64 are trained" in result.output
     assert "gradients 256 B, moments 512 B" in result.output
-    # What cannot fit is told without making it.
+    # What cannot fit is told without making it, however many layers it has.
+    huge = [*call, "--width", "4096", "--layers", "100000"]
+    assert "this does not fit into the memory" in CliRunner().invoke(app, huge).output
     monkeypatch.setattr("rwkv7.training.watch.plan.free_memory", lambda _: 1000)
     result = CliRunner().invoke(app, call)
     assert "activations not known" in result.output

@@ -144,7 +144,8 @@ def test_damaged_files_and_a_full_disk_cost_time_alone(model, tmp_path, monkeypa
     names = fill(cache, model, 3)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-99])
-    assert cache.longest(names) == (0, None)
+    with pytest.warns(RuntimeWarning, match="prefix cache is left out.*truncated"):
+        assert cache.longest(names) == (0, None)
     assert not list(tmp_path.iterdir())
 
     def full(tensors, path, metadata):
@@ -155,6 +156,19 @@ def test_damaged_files_and_a_full_disk_cost_time_alone(model, tmp_path, monkeypa
     names = fill(cache, model, 3)
     assert cache.longest(names) == (0, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_wrong_bit_on_the_disk_is_noticed(model, tmp_path):
+    cache = PrefixCache(model, 0, tmp_path, PLENTY)
+    names = fill(cache, model, 2)
+    (longest,) = tmp_path.glob(f"{names[1].hex()}*")
+    content = bytearray(longest.read_bytes())
+    content[-99] ^= 1
+    longest.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="left out.*not those that were saved.*damaged"):
+        count, state = cache.longest(names)
+    assert (count, number(state)) == (1, 0)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_cache_of_another_model_is_refused(model):

@@ -298,6 +298,37 @@ def test_wrong_arguments_are_named(arguments, words):
         HarnessModel.create_from_arg_string(arguments)
 
 
+class Task:
+    """A task with three examples."""
+
+    def __init__(self, own, **config):
+        self.config = SimpleNamespace(fewshot_split="test" if own else "train", test_split="test")
+        self.get_config = config.get
+
+    def fewshot_docs(self):
+        return iter("abc")
+
+
+@pytest.mark.parametrize(
+    ("task", "most"), [(Task(own=False), 3), (Task(own=True), 2), (Task(True, num_fewshot=0), 9)]
+)
+def test_more_shots_than_examples_are_refused_before_a_model_is_read(task, most, monkeypatch):
+    manager = SimpleNamespace(all_tasks=["tiny"])
+    tasks = SimpleNamespace(
+        TaskManager=lambda include_path: manager,
+        get_task_dict=lambda names, manager: {"a group": {"tiny": task}},
+    )
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    harness.HarnessTasks(["tiny"], shots=most)
+    if most < 9:
+        words = f"shots: expected at most the {most} examples of tiny, found {most + 1}"
+        with pytest.raises(ValueError, match=words):
+            harness.HarnessTasks(["tiny"], shots=most + 1)
+    with pytest.raises(ValueError, match="no task 'other'"):
+        harness.HarnessTasks(["tiny", "other"])
+
+
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"rwkv7\[harness\]"):

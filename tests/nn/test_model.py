@@ -1,10 +1,13 @@
 """What users rely on: states carried anywhere, packed sequences apart, every dtype, any T."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from random_model import SMALL, error, random_model, random_state, random_tokens, rows
 
 from rwkv7 import RWKV7, ModelConfig, ModelState
+from rwkv7.nn import parameter_count
 from rwkv7.nn.linear import Linear
 
 MODEL = random_model()
@@ -283,3 +286,9 @@ def test_refuses(change, kind, says):
 def test_refuses_offsets(offsets, says):
     with pytest.raises(ValueError, match=says):
         MODEL(random_tokens(SMALL, 1, 3), cu_seqlens=torch.tensor(offsets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_parameters_are_counted_without_the_model(layers):
+    config = replace(SMALL, layers=layers)
+    assert parameter_count(config) == sum(x.numel() for x in RWKV7(config).parameters())

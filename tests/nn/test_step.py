@@ -11,7 +11,7 @@ from rwkv7.wkv7 import unchecked
 MODEL = random_model()
 
 
-@pytest.mark.parametrize("slots", [[2, 0, 3], [1], [0, -1, 3, -1]])
+@pytest.mark.parametrize("slots", [[2, 0, 3], [1], [1, 2, 3], [0, -1, 3, -1]])
 def test_rows_of_a_pool_advance_as_sequences_do(slots):
     pool = random_state(SMALL, 5)
     before, used = pool.clone(), [slot for slot in slots if slot >= 0]

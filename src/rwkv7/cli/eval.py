@@ -75,15 +75,16 @@ def eval(
         check_destination(json_out)
     for file in files or ():
         file.open("rb").close()  # what is not there is said before the model is read
+    asked = None
+    if tasks:
+        from rwkv7.evaluation.harness import HarnessTasks
+
+        asked = HarnessTasks(tasks, shots=shots, limit=limit, folder=task_folder)
     network = read_model(model, device)
     text = tokenizer_of(network.config.vocab_size, tokenizer)
     results = [_evaluated(network, text, file) for file in files or ()]
-    if tasks:
-        from rwkv7.evaluation.harness import evaluate_tasks
-
-        results += evaluate_tasks(
-            network, text, tasks, shots=shots, limit=limit, folder=task_folder
-        )
+    if asked is not None:
+        results += asked.evaluate(network, text)
     _show(results)
     if json_out is not None:
         _keep(json_out, {"model": str(model), "results": results})

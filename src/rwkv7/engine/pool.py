@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv7.config import ModelConfig
-from rwkv7.nn import RWKV7
+from rwkv7.nn import parameter_count
 from rwkv7.state import LayerState, ModelState, wide_dtype
 
 from .request import check_count
@@ -112,7 +112,7 @@ def memory_budget(
     ValueError for fewer than one slot or token.
     """
     check_sizes(slots, max_prefill_tokens)
-    weights = sum(x.numel() for x in RWKV7(config, dtype, "meta").parameters()) * dtype.itemsize
+    weights = parameter_count(config) * dtype.itemsize
     C, wide = config.width, wide_dtype(dtype).itemsize
     wkv = config.layers * C * config.head_size * wide
     state = wkv + 2 * config.layers * C * dtype.itemsize

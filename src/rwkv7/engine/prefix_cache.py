@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -82,7 +83,8 @@ class PrefixCache:
     def longest(self, names: list[bytes]) -> tuple[int, ModelState | None]:
         """How many of `names`, the shortest beginning first, the longest known one has; its state.
 
-        (0, None) where none is known. A file that cannot be read is dropped.
+        (0, None) where none is known. A file that cannot be read, or has other numbers than were
+        put into it, is dropped with a warning.
         """
         for count in range(len(names), 0, -1):
             if (state := self._get(names[count - 1])) is not None:
@@ -115,7 +117,14 @@ class PrefixCache:
             return None
         try:
             state = ModelState.load(self._path(name), self._config)
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            # An OSError is another process's doing, which needed the room.
+            if isinstance(error, ValueError):
+                warnings.warn(
+                    f"a state of the prefix cache is left out, and its prompt read ({error})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self._forget(name)
             return None
         self._files.move_to_end(name)

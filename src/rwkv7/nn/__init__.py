@@ -2,7 +2,15 @@
 
 from .channel_mix import ChannelMix
 from .init import initialise_
-from .model import RECOMPUTE, RWKV7, Block
+from .model import RECOMPUTE, RWKV7, Block, parameter_count
 from .time_mix import TimeMix
 
-__all__ = ["RECOMPUTE", "RWKV7", "Block", "ChannelMix", "TimeMix", "initialise_"]
+__all__ = [
+    "RECOMPUTE",
+    "RWKV7",
+    "Block",
+    "ChannelMix",
+    "TimeMix",
+    "initialise_",
+    "parameter_count",
+]

@@ -32,7 +32,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(F, C, dtype, device)
 
     def forward(self, mixed: Tensor) -> Tensor:
-        """The output [B, T, C] from x' [B, T, C], the shifted and mixed input."""
+        """The output [..., C] from x' [..., C], the shifted and mixed input."""
         (squares,) = again(_squares, self.key(mixed))
         return self.value(squares)
 
@@ -41,7 +41,7 @@ class ChannelMix(nn.Module):
         return (self.x_k,)
 
     def step_(self, x: Tensor, shift: Tensor, slots: Slots) -> Tensor:
-        """The output [B, 1, C] for one token each; rows of the pool `shift` [P, C] change."""
+        """The output [B, C] for one token each; rows of the pool `shift` [P, C] change."""
         return self(*mixed_in_pool_(x, shift, slots, self.mixes()))
 
     def weights_of_step(self) -> ChannelMixWeights | None:

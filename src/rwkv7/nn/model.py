@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -112,10 +113,12 @@ class Block(nn.Module):
             time, channel = self.att.weights_of_step(), self.ffn.weights_of_step()
             if time is not None and channel is not None:
                 return self._layer_(stream, v_first, pool, slots.wkv, time, channel)
-        x = stream.total()
+        # A product of [B, 1, C] is four operations on the CPU, one of [B, C] is two.
+        x = stream.total().squeeze(1)
         out, v_first = self.att.step_(self.ln1(x), v_first, pool.time_shift, pool.wkv, slots)
         x = x + out
-        return Stream(x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots)), v_first
+        x = x + self.ffn.step_(self.ln2(x), pool.channel_shift, slots)
+        return Stream(x.unsqueeze(1)), v_first
 
     def _layer_(
         self,
@@ -372,3 +375,13 @@ class RWKV7(nn.Module):
                 f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, "
                 f"found {low} to {high}"
             ) from None
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers a model of these sizes has, told from small ones: layers after the first are
+    alike."""
+    one, two = (
+        sum(x.numel() for x in RWKV7(replace(config, layers=layers), device="meta").parameters())
+        for layers in (1, 2)
+    )
+    return one + (config.layers - 1) * (two - one)

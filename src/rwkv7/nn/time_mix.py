@@ -116,21 +116,21 @@ class TimeMix(nn.Module):
         state: Tensor,
         slots: Slots,
     ) -> tuple[Tensor, Tensor]:
-        """One token a sequence, x [B, 1, C], rows of the pools changed in place.
+        """One token a sequence, x [B, C], rows of the pools changed in place.
 
-        `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, 1, C], layer
-        0's value).
+        `shift` [P, C] and `state` [P, H, V, K] are the pools. Returns (output [B, C], layer 0's
+        value [B, 1, C]).
         """
         projections = self._projections(mixed_in_pool_(x, shift, slots, self.mixes()))
+        known = projections.v.unsqueeze(1) if v_first is None else v_first
         if runs_fused_step(state, projections):
             y = time_mix_step_(
                 projections, v_first, self._vectors(), self.ln_x.eps, state, slots.wkv
             )
-            return self.output(y), projections.v if v_first is None else v_first
-        inputs, v_first = self._operands(projections, v_first)
-        r, w, k, v, a, b = (z.squeeze(1) for z in inputs)
-        y = wkv7_step_(r, w, k, v, a, b, state, slots=slots.wkv)
-        return self._gated(y.unsqueeze(1), inputs, projections.g), v_first
+            return self.output(y), known
+        inputs, _ = self._operands(projections, known.squeeze(1))
+        y = wkv7_step_(*inputs, state, slots=slots.wkv)
+        return self._gated(y, inputs, projections.g), known
 
     def weights_of_step(self) -> TimeMixWeights | None:
         """All of it for `time_mix_of_one_`; None where a module is more than its weights."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rwkv7.wkv7 import first_of_run
+
 
 class Packing(NamedTuple):
     """Where S packed sequences begin and end in T tokens; made once a call for all layers."""
@@ -34,6 +36,7 @@ class Slots(NamedTuple):
 
     wkv: Tensor  # [B], -1 where nothing is to happen: what `wkv7_step_` takes
     shift: Tensor  # [B], int64, the pool's last row where nothing is to happen
+    first: int | None  # of rows that follow each other, on the CPU: a view instead of copies
 
 
 def slots_of(slots: Tensor, tokens: Tensor, pool: int) -> Slots:
@@ -49,7 +52,10 @@ def slots_of(slots: Tensor, tokens: Tensor, pool: int) -> Slots:
             f"slots: expected the shape {list(tokens.shape)} on {tokens.device}, as tokens, "
             f"found {list(slots.shape)} on {slots.device}"
         )
-    return Slots(slots, torch.where(slots < 0, pool - 1, slots).long())
+    first = first_of_run(slots)
+    if first is not None and first + len(slots) > pool:
+        first = None  # the operator says so
+    return Slots(slots, torch.where(slots < 0, pool - 1, slots).long(), first)
 
 
 def packing(cu_seqlens: Tensor, tokens: Tensor) -> Packing:
@@ -107,10 +113,15 @@ def token_shift(
 
 
 def shift_in_pool_(x: Tensor, pool: Tensor, slots: Slots) -> Tensor:
-    """The vector before each token of x [B, 1, C], whose rows of `pool` [P, C] x replaces."""
-    previous = pool.index_select(0, slots.shift)[:, None]
-    pool.index_copy_(0, slots.shift, x[:, 0])
-    return previous
+    """The vectors before x [B, C] less x; x takes their place, rows of `pool` [P, C]."""
+    if slots.first is not None:
+        rows = pool.narrow(0, slots.first, x.shape[0])
+        delta = rows - x
+        rows.copy_(x)
+        return delta
+    delta = pool.index_select(0, slots.shift) - x
+    pool.index_copy_(0, slots.shift, x)
+    return delta
 
 
 def _packed_shift(x: Tensor, carried: Tensor | None, packed: Packing) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from rwkv7.config import ModelConfig
 from rwkv7.files import check_destination
-from rwkv7.nn import RWKV7, initialise_
+from rwkv7.nn import RWKV7, initialise_, parameter_count
 from rwkv7.tokenizer import get_tokenizer
 
 from .checkpoint import (
@@ -302,15 +302,14 @@ def _new_model(
         layers=settings.layers,
         head_size=settings.head_size,
     )
-    empty = RWKV7(config, dtype=torch.float32, device="meta")
     place = weights_place(settings.parallel, processes, device)
 
     def make() -> Tuning:
-        model = empty.to_empty(device=place)
+        model = RWKV7(config, dtype=torch.float32, device="meta").to_empty(device=place)
         initialise_(model, torch.Generator().manual_seed(settings.seed))
         return Tuning(model)
 
-    return _Beginning(settings, device, text, make, sum(x.numel() for x in empty.parameters()))
+    return _Beginning(settings, device, text, make, parameter_count(config))
 
 
 def _tuned_model(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv7.config import ModelConfig
-from rwkv7.files import TensorFile, json_object, open_tensors
+from rwkv7.files import WRAPPERS, TensorFile, json_object, open_tensors
 
 from . import fla
 from .official import config_from_tensors
@@ -28,10 +28,8 @@ MERGED = "merged.safetensors"
 # The files of a model in a Hugging Face folder, and of one that `rwkv7 train` wrote, best first.
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = tuple(f"{name}.index.json" for name in _SINGLE)
-# What DeepSpeed, DistributedDataParallel, torch.compile and enclosing modules put before names.
-_PREFIX = r"(?:(?:_forward_module|module|_orig_mod|model)\.)*"
-_ANCHOR = re.compile(rf"({_PREFIX})emb\.weight")
-_FLA_ANCHOR = re.compile(rf"({_PREFIX}){re.escape(fla.EMBEDDINGS)}")
+_ANCHOR = re.compile(rf"({WRAPPERS})emb\.weight")
+_FLA_ANCHOR = re.compile(rf"({WRAPPERS}){re.escape(fla.EMBEDDINGS)}")
 
 
 class Weights(Mapping[str, Tensor]):

@@ -7,6 +7,7 @@ Letters: B batch, T time, H heads, K key size per head, V value size per head, S
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -69,9 +70,12 @@ def invariance_wanted() -> bool:
     return getattr(_modes, "invariant", False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
-    """One valid call of `wkv7`; the shapes are those of its docstring."""
+    """One valid call of `wkv7`; the shapes are those of its docstring.
+
+    Without slots: sizes are asked for some thirty times a call, and so found once.
+    """
 
     r: Tensor
     w: Tensor
@@ -84,12 +88,12 @@ class Call:
     cu_seqlens: Tensor | None
     invariant: bool = False
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """(B, T, H, K, V)."""
         return (*self.r.shape, self.v.shape[-1])
 
-    @property
+    @functools.cached_property
     def sequences(self) -> int:
         """S: the number of states in and out."""
         return self.r.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -131,11 +135,13 @@ def check_call(call: Call) -> None:
     """
     check_decay_form(call.decay)
     check_inputs({"r": call.r, "w": call.w, "k": call.k, "v": call.v, "a": call.a, "b": call.b}, 4)
-    _, _, H, K, V = call.sizes
     if call.cu_seqlens is not None:
         _check_offsets(call.cu_seqlens, call.r)
     if call.state is not None:
-        check_state(call.state, (call.sequences, H, V, K), call.v)
+        # A trace of torch.compile cannot enter cached properties, which take a lock up to 3.11.
+        B, _, H, K = call.r.shape
+        S = B if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+        check_state(call.state, (S, H, call.v.shape[-1], K), call.v)
 
 
 def check_decay_form(decay: str) -> None:
@@ -164,21 +170,22 @@ def check_inputs(tensors: dict[str, Tensor], rank: int) -> None:
             size = letters.format("V" if name == "v" else "K")
             raise ValueError(f"{name}: expected {size}, found the shape {list(x.shape)}")
     r = tensors["r"]
-    if r.dtype not in INPUT_DTYPES:
-        raise TypeError(f"r: expected bfloat16, float16, float32 or float64, found {r.dtype}")
+    shape, dtype, device = r.shape, r.dtype, r.device
+    if dtype not in INPUT_DTYPES:
+        raise TypeError(f"r: expected bfloat16, float16, float32 or float64, found {dtype}")
     for name, x in tensors.items():
-        shape = [*r.shape[:-1], x.shape[-1]] if name == "v" else list(r.shape)
-        if list(x.shape) != shape:
+        expected = (*shape[:-1], x.shape[-1]) if name == "v" else shape
+        if x.shape != expected:
             raise ValueError(
-                f"{name}: expected the shape {shape} to go with r, found {list(x.shape)}"
+                f"{name}: expected the shape {list(expected)} to go with r, found {list(x.shape)}"
             )
-        if x.dtype != r.dtype and not (name == "w" and x.dtype == torch.float32):
-            also = " or torch.float32" if name == "w" and r.dtype != torch.float32 else ""
-            raise TypeError(f"{name}: expected {r.dtype}{also} (the dtype of r), found {x.dtype}")
-        if x.device != r.device:
-            raise ValueError(f"{name}: expected the device of r, {r.device}, found {x.device}")
-    if 0 in (r.shape[-2], r.shape[-1], tensors["v"].shape[-1]):
-        raise ValueError(f"r, v: H, K and V must be at least 1, found {list(r.shape)}")
+        if x.dtype != dtype and not (name == "w" and x.dtype == torch.float32):
+            also = " or torch.float32" if name == "w" and dtype != torch.float32 else ""
+            raise TypeError(f"{name}: expected {dtype}{also} (the dtype of r), found {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected the device of r, {device}, found {x.device}")
+    if 0 in (shape[-2], shape[-1], tensors["v"].shape[-1]):
+        raise ValueError(f"r, v: H, K and V must be at least 1, found {list(shape)}")
 
 
 def check_state(state: Tensor, shape: tuple[int, int, int, int], like: Tensor) -> None:

@@ -6,6 +6,7 @@ torch.compile, activation checkpointing and FSDP2 see one opaque differentiable 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's recurrence over a batch of sequences, with the state explicit.
 
-    Per head, S the state [V, K] and d the decay that `w` stands for:
+    Per head (arXiv:2503.14456, section 3), S the state [V, K] and d the decay that `w` stands for:
 
         S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ          y_t = S_t r_t
 
@@ -82,9 +83,8 @@ def wkv7(
         ValueError, TypeError: a shape, dtype, device, form or backend that does not fit; on the
             CPU (elsewhere inside `rwkv7.checks()`) also NaN and values out of range.
 
-    Under torch.autocast r, k, v, a, b are cast to the autocast dtype and w is left as it is.
-    Derivatives are first order, reverse mode. A token that is not finite may spoil all of its own
-    sequence, never another. Source: arXiv:2503.14456, section 3.
+    Under torch.autocast r, k, v, a, b are cast to its dtype, w is not. Derivatives are first order,
+    reverse mode. A token that is not finite may spoil all of its own sequence, never another.
     """
     r, k, v, a, b = _autocast(r, k, v, a, b)
     check_call(Call(r, w, k, v, a, b, state, decay, cu_seqlens))
@@ -122,13 +122,24 @@ def explain(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+    if not (isinstance(tensors[0], Tensor) and _is_autocast(tensors[0])):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors
     )
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The caller's autocast has done its work: products inside are in the dtypes chosen there."""
+    if _is_autocast(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
@@ -159,8 +170,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(r, w, k, v, a, b, state, decay, cu_seqlens, invariant)
     check_values(call)
-    # The caller's autocast has done its work; products inside are in the dtypes chosen there.
-    with torch.autocast(r.device.type, enabled=False):
+    with _without_autocast(r):
         return select(call, backend).forward(call, save)
 
 
@@ -212,7 +222,7 @@ def _backward(
     invariant: bool,
 ) -> tuple[Tensor, ...]:
     call = Call(r, w, k, v, a, b, state, decay, cu_seqlens, invariant)
-    with torch.autocast(r.device.type, enabled=False):
+    with _without_autocast(r):
         return select(call, backend).backward(call, saved, dy, dstate)
 
 

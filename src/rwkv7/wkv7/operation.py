@@ -6,7 +6,7 @@ Going through one takes the host longer than many kernels take the GPU, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,18 @@ class Operation:
         run: annotated as torch.library.custom_op wants it; its outputs share no memory with its
             inputs or with each other.
         fake: the same without values, for tracers.
+        changes: the names of the arguments that `run` changes in place.
     """
 
-    def __init__(self, name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        changes: Sequence[str] = (),
+    ) -> None:
         self._name, self._run = name, run
-        self._operator = torch.library.custom_op(name, run, mutates_args=())
+        self._operator = torch.library.custom_op(name, run, mutates_args=changes)
         self._operator.register_fake(fake)
         self._node: Callable[..., Any] | None = None
 
@@ -46,12 +53,13 @@ class Operation:
             return tuple(outputs) if ctx.is_list else outputs
 
         def back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            # With create_graph; else the wrapper would only switch off what is off.
+            if torch.is_grad_enabled():
+                return guarded(ctx, *grads)
             return backward(ctx, list(grads)) if ctx.is_list else backward(ctx, *grads)
 
-        methods = {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(once_differentiable(back)),
-        }
+        guarded = once_differentiable(back)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(back)}
         node: Any = type(self._name, (torch.autograd.Function,), methods)
         self._node = node.apply
 

@@ -13,6 +13,7 @@ from .contract import (
     log_decay,
     state_dtype,
 )
+from .operation import Operation
 from .registry import select_step
 
 
@@ -49,15 +50,19 @@ def wkv7_step_(
     check_decay_form(decay)
     check_inputs(inputs, 3)
     _check_pool(state, slots, r, v)
-    for name, x in {**inputs, "state": state}.items():
-        if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled():
+        _refuse_gradients({**inputs, "state": state})
+    y: Tensor = _step(r, w, k, v, a, b, state, decay, slots)
+    return y
+
+
+def _refuse_gradients(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.requires_grad:
             raise RuntimeError(
                 f"{name}: requires grad, and wkv7_step_ changes the state in place, for inference "
                 "only. Use wkv7 with T = 1, or torch.no_grad()"
             )
-    # The registered operation is for tracing; going through it takes longer than a small step.
-    traced = torch.compiler.is_compiling() or type(state) is not Tensor
-    return (_step if traced else _advance)(r, w, k, v, a, b, state, decay, slots)
 
 
 def _check_pool(state: Tensor, slots: Tensor | None, r: Tensor, v: Tensor) -> None:
@@ -116,7 +121,7 @@ def _advance(
     dtype, v_dtype = state.dtype, v.dtype
     r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
     d = log_decay(w, decay, dtype).exp()
-    if slots is not None and (first := _first_of_run(slots)) is not None:
+    if slots is not None and (first := first_of_run(slots)) is not None:
         state, slots = state.narrow(0, first, len(slots)), None
     # A skipped row reads row 0 and writes nothing back. Products and sums are elementwise: for
     # matrices this small they are faster than matrix products, and autocast leaves them alone.
@@ -132,11 +137,7 @@ def _advance(
     return y.to(v_dtype)
 
 
-_step = torch.library.custom_op("rwkv7::wkv7_step_", _advance, mutates_args=("state",))
-
-
-@_step.register_fake
-def _(
+def _fake(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -150,12 +151,15 @@ def _(
     return v.new_empty(v.shape)
 
 
-def _first_of_run(slots: Tensor) -> int | None:
+_step = Operation("rwkv7::wkv7_step_", _advance, _fake, changes=("state",))
+
+
+def first_of_run(slots: Tensor) -> int | None:
     """Where rows that follow each other begin: a view of the pool, so that nothing is copied.
 
     None for other rows, and on a GPU, which would have to be waited for.
     """
-    if slots.device.type != "cpu" or not len(slots):
+    if type(slots) is not Tensor or slots.device.type != "cpu" or not len(slots):
         return None
     rows = slots.tolist()
     return rows[0] if rows[0] >= 0 and rows == [*range(rows[0], rows[0] + len(rows))] else None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rwkv7.nn import RWKV7
 from rwkv7.tokenizer import Tokenizer
 
-__all__ = ["evaluate_tasks", "register"]
+__all__ = ["HarnessTasks", "register"]
 
 _RESAMPLED = 1000  # times, for the standard errors of figures that are not means
 
@@ -36,51 +36,87 @@ def register() -> None:
         model_registry.register("rwkv7", target="rwkv7.evaluation.harness.model:HarnessModel")
 
 
-def evaluate_tasks(
-    model: RWKV7,
-    tokenizer: Tokenizer,
-    tasks: Sequence[str],
-    *,
-    shots: int | None = None,
-    limit: int | None = None,
-    folder: str | os.PathLike[str] | None = None,
-) -> list[dict[str, float | int | str]]:
-    """The figures of each task, under the harness's names; "kind" is "harness", "task" its name.
+class HarnessTasks:
+    """Tasks of the harness, found before a model is read.
 
     Args:
-        model: in evaluation mode; on any device.
-        tokenizer: the model's.
         tasks: names that `lm_eval ls tasks` lists, or of tasks in `folder`.
-        shots: examples before each question; None leaves it to the task.
+        shots: examples before each question; None leaves it to the task. With a number the tasks'
+            data are looked at here.
         limit: only the first questions of each task, to try something out.
         folder: where more tasks are described, as .yaml files.
 
-    Raises ValueError where lm-eval is not installed, and for a task that it does not know.
+    Raises ValueError where lm-eval is not installed, for a task that it does not know, and for one
+    that has fewer examples than `shots`.
     """
-    evaluator = _package("lm_eval.evaluator")
-    from lm_eval.tasks import TaskManager
 
-    from .model import HarnessModel
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        shots: int | None = None,
+        limit: int | None = None,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._evaluator = _package("lm_eval.evaluator")
+        from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise ValueError(
-            f"harness: no task {unknown[0]!r}; `python -m rwkv7.evaluation.harness ls tasks` "
-            "lists those there are"
+        self._tasks, self._shots, self._limit = list(tasks), shots, limit
+        self._manager = TaskManager(include_path=None if folder is None else str(folder))
+        if unknown := [task for task in tasks if task not in self._manager.all_tasks]:
+            raise ValueError(
+                f"harness: no task {unknown[0]!r}; `python -m rwkv7.evaluation.harness ls tasks` "
+                "lists those there are"
+            )
+        if shots:
+            self._check_examples(shots)
+
+    def evaluate(self, model: RWKV7, tokenizer: Tokenizer) -> list[dict[str, float | int | str]]:
+        """The figures of each task, under the harness's names; "kind" is "harness", "task" its
+        name.
+
+        Args:
+            model: in evaluation mode; on any device.
+            tokenizer: the model's.
+        """
+        from .model import HarnessModel
+
+        found = self._evaluator.simple_evaluate(
+            HarnessModel(model, tokenizer),
+            tasks=self._tasks,
+            num_fewshot=self._shots,
+            limit=self._limit,
+            task_manager=self._manager,
+            bootstrap_iters=_RESAMPLED,
+            log_samples=False,
         )
-    found = evaluator.simple_evaluate(
-        HarnessModel(model, tokenizer),
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=_RESAMPLED,
-        log_samples=False,
-    )
-    return [
-        {"task": task, "kind": "harness", **_figures(figures)}
-        for task, figures in found["results"].items()
-    ]
+        return [
+            {"task": task, "kind": "harness", **_figures(figures)}
+            for task, figures in found["results"].items()
+        ]
+
+    def _check_examples(self, shots: int) -> None:
+        from lm_eval.tasks import get_task_dict
+
+        for name, task in _leaves(get_task_dict(self._tasks, self._manager)):
+            if task.get_config("num_fewshot") == 0:
+                continue  # the task's own wish, which the harness keeps to
+            split = task.config.fewshot_split
+            itself = split is not None and split == task.config.test_split  # no example to itself
+            count = sum(1 for _ in task.fewshot_docs() or ()) - itself
+            if shots > count:
+                raise ValueError(
+                    f"shots: expected at most the {count} examples of {name}, found {shots}"
+                )
+
+
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The tasks, with their names, of a dictionary in which groups are dictionaries."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _leaves(task)
+        else:
+            yield str(name), task
 
 
 def _figures(figures: dict[str, Any]) -> dict[str, float | int]:

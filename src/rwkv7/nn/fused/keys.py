@@ -17,6 +17,7 @@ from .launch import (
     of_parameters,
     on_device_of,
     rows_apiece,
+    rows_of,
     runs_fused,
 )
 
@@ -24,16 +25,16 @@ KEY_NORM_EPS = 1e-12
 
 
 def key_operands(
-    k: Tensor,  # [B, T, C]
-    rate: Tensor,  # [B, T, C]
-    decay: Tensor,  # [B, T, C]
+    k: Tensor,  # [..., C]
+    rate: Tensor,  # [..., C]
+    decay: Tensor,  # [..., C]
     a0: Tensor,  # [C]
     k_k: Tensor,  # [C]
     k_a: Tensor,  # [C]
     w0: Tensor,  # [C]
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's k, a = -k̂, b = k̂ σ(a0 + rate) and w = w0 + decay, each [B, T, H, N].
+    """The operator's k, a = -k̂, b = k̂ σ(a0 + rate) and w = w0 + decay, each [..., H, N].
 
     k̂ is the unit vector of k k_k in each head, of k as it was before the learning rate
     σ(a0 + rate) changes it into k (1 + (σ - 1) k_a). All are in the dtype of k but w, which is in
@@ -46,7 +47,7 @@ def key_operands(
     # All of it in float32 at least, and rounded once.
     a = torch.sigmoid(a0 + rate)
     dtype, wide = k.dtype, wide_dtype(k.dtype)
-    shape = (*k.shape[:2], heads, k.shape[2] // heads)
+    shape = (*k.shape[:-1], heads, k.shape[-1] // heads)
     k, a = k.to(wide), a.to(wide)
     unit = F.normalize((k * k_k).view(shape), dim=-1, eps=KEY_NORM_EPS)
     k = torch.addcmul(k, k * (a - 1), k_a).view(shape)
@@ -57,8 +58,7 @@ def key_operands(
 def _outputs(
     k: Tensor, decay: Tensor, w0: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    shape = B, T, heads, C // heads
+    shape = (*k.shape[:-1], heads, k.shape[-1] // heads)
     key, remove, replace = (k.new_empty(shape) for _ in range(3))
     w = decay.new_empty(shape, dtype=torch.promote_types(decay.dtype, w0.dtype))
     return key, remove, replace, w
@@ -76,14 +76,13 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .kernels.heads import key_operands
 
-    B, T, C = k.shape
-    tile = head_tile(C // heads)
+    tile, rows = head_tile(k.shape[-1] // heads), rows_of(k)
     outputs = _outputs(k, decay, w0, heads)
-    if B * T:
+    if rows:
         with on_device_of(k):
-            key_operands[(-(-B * T // tile["BT"]), heads)](
+            key_operands[(-(-rows // tile["BT"]), heads)](
                 k.contiguous(), rate.contiguous(), decay.contiguous(), a0, k_k, k_a, w0, *outputs,
-                B * T, heads, EPS=KEY_NORM_EPS, **tile, num_warps=TILE_WARPS,
+                rows, heads, EPS=KEY_NORM_EPS, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return outputs
 
@@ -117,10 +116,10 @@ def _run_back(
     in fp32."""
     from .kernels.heads import key_operands_back
 
-    B, T, H, N = dkey.shape
+    (H, N), rows = dkey.shape[-2:], rows_of(k)
     tile = head_tile(N)
-    tiles = rows_apiece(-(-B * T // tile["BT"]), few=1, many=8)
-    programs = -(-B * T // (tiles * tile["BT"]))
+    tiles = rows_apiece(-(-rows // tile["BT"]), few=1, many=8)
+    programs = -(-rows // (tiles * tile["BT"]))
     dk, drate = k.new_empty(k.shape), rate.new_empty(rate.shape)
     ddecay = dw.new_empty(k.shape, dtype=decay)
     parts = k.new_empty((programs, 4, H * N), dtype=torch.float32)
@@ -129,7 +128,7 @@ def _run_back(
             key_operands_back[(programs, H)](
                 k.contiguous(), rate.contiguous(), a0, k_k, k_a,
                 dkey.contiguous(), dremove.contiguous(), dreplace.contiguous(), dw.contiguous(),
-                dk, drate, ddecay, parts, B * T, H, tiles,
+                dk, drate, ddecay, parts, rows, H, tiles,
                 EPS=KEY_NORM_EPS, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return dk, drate, ddecay, parts.sum(0)
@@ -147,7 +146,7 @@ def _fake_back(
     k_k: Tensor,
     k_a: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = k.new_empty((4, k.shape[2]), dtype=torch.float32)
+    sums = k.new_empty((4, k.shape[-1]), dtype=torch.float32)
     return k.new_empty(k.shape), rate.new_empty(k.shape), dw.new_empty(k.shape, dtype=decay), sums
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -88,6 +89,11 @@ def rows_apiece(rows: int, few: int, many: int) -> int:
     all, shorter spans keep the card busy.
     """
     return many if rows >= 256 * many else few
+
+
+def rows_of(x: Tensor) -> int:
+    """How many vectors [C] there are in x [..., C]."""
+    return math.prod(x.shape[:-1])
 
 
 def of_parameters(sums: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:

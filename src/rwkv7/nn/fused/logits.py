@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rwkv7.state import wide_dtype
+from rwkv7.wkv7 import Operation
 
 from .launch import on_device_of, runs_fused
 
@@ -22,7 +23,8 @@ def loss_to_gradient_(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor
     float32 at least; the gradient is rounded once to the dtype of the logits.
     """
     if logits.is_contiguous() and runs_fused(logits):
-        return _loss_to_gradient(logits, targets.contiguous(), l2_wrap)
+        loss: Tensor = _loss_to_gradient(logits, targets.contiguous(), l2_wrap)
+        return loss
     work = logits.to(wide_dtype(logits.dtype))
     loss = _in_wide_(work, targets, l2_wrap)
     if work is not logits:
@@ -44,8 +46,7 @@ def _in_wide_(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
     return losses.masked_fill(~counted, 0).sum()
 
 
-@torch.library.custom_op("rwkv7::loss_to_gradient", mutates_args=("logits",))
-def _loss_to_gradient(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
+def _run(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
     from .kernels.logits import loss_to_gradient
 
     rows, V = logits.shape
@@ -60,6 +61,8 @@ def _loss_to_gradient(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor
     return losses.sum()
 
 
-@_loss_to_gradient.register_fake
-def _(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
+def _fake(logits: Tensor, targets: Tensor, l2_wrap: float) -> Tensor:
     return logits.new_empty((), dtype=torch.float32)
+
+
+_loss_to_gradient = Operation("rwkv7::loss_to_gradient", _run, _fake, changes=("logits",))

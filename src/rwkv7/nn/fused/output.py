@@ -17,32 +17,33 @@ from .launch import (
     of_parameters,
     on_device_of,
     rows_apiece,
+    rows_of,
     runs_fused,
 )
 
 
 def gated_output(
-    y: Tensor,  # [B, T, H, N]
-    r: Tensor,  # [B, T, H, N]
-    k: Tensor,  # [B, T, H, N]
-    v: Tensor,  # [B, T, H, N]
-    g: Tensor,  # [B, T, C]
+    y: Tensor,  # [..., H, N]
+    r: Tensor,  # [..., H, N]
+    k: Tensor,  # [..., H, N]
+    v: Tensor,  # [..., H, N]
+    g: Tensor,  # [..., C]
     r_k: Tensor,  # [H, N]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
     eps: float,
 ) -> Tensor:
-    """(group norm of y a head, plus the bonus (Σ r k r_k) v) g, [B, T, C] in the dtype of y."""
+    """(group norm of y a head, plus the bonus (Σ r k r_k) v) g, [..., C] in the dtype of y."""
     if runs_fused(y, r, k, v, g, r_k, weight, bias):
         found: Tensor = _gated_output(y, r, k, v, g, r_k, weight, bias, eps)
         return found
     # In float32 at least, and rounded once.
-    B, T, H, N = y.shape
+    H, N = y.shape[-2:]
     dtype, wide = y.dtype, wide_dtype(y.dtype)
     r, k, v = r.to(wide), k.to(wide), v.to(wide)
-    y = F.group_norm(y.to(wide).view(B * T, H * N), H, weight.to(wide), bias.to(wide), eps)
-    y = y.view(B, T, H, N) + (r * k * r_k).sum(-1, keepdim=True) * v
-    return (y.view(B, T, H * N) * g).to(dtype)
+    y = F.group_norm(y.to(wide).view(-1, H * N), H, weight.to(wide), bias.to(wide), eps)
+    y = y.view(v.shape) + (r * k * r_k).sum(-1, keepdim=True) * v
+    return (y.view(g.shape) * g).to(dtype)
 
 
 def _run(
@@ -58,14 +59,14 @@ def _run(
 ) -> Tensor:
     from .kernels.heads import gated_output
 
-    B, T, H, N = y.shape
-    tile = head_tile(N)
-    out = y.new_empty(B, T, H * N)
-    if B * T:
+    H, N = y.shape[-2:]
+    tile, rows = head_tile(N), rows_of(g)
+    out = y.new_empty(g.shape)
+    if rows:
         with on_device_of(y):
-            gated_output[(-(-B * T // tile["BT"]), H)](
+            gated_output[(-(-rows // tile["BT"]), H)](
                 *(x.contiguous() for x in (y, r, k, v, g)), r_k, weight, bias, out,
-                B * T, H, eps, **tile, num_warps=TILE_WARPS,
+                rows, H, eps, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return out
 
@@ -81,8 +82,7 @@ def _fake(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    B, T, H, N = y.shape
-    return y.new_empty(B, T, H * N)
+    return y.new_empty(g.shape)
 
 
 def _run_back(
@@ -100,17 +100,17 @@ def _run_back(
     """Gradients of y, r, k, v and g, and those of the parameters as [3, C] in fp32."""
     from .kernels.heads import gated_output_back
 
-    B, T, H, N = y.shape
+    (H, N), rows = y.shape[-2:], rows_of(g)
     tile = head_tile(N)
-    tiles = rows_apiece(-(-B * T // tile["BT"]), few=1, many=8)
-    programs = -(-B * T // (tiles * tile["BT"]))
+    tiles = rows_apiece(-(-rows // tile["BT"]), few=1, many=8)
+    programs = -(-rows // (tiles * tile["BT"]))
     dy, dr, dk, dv, dg = (x.new_empty(x.shape) for x in (y, r, k, v, g))
     parts = y.new_empty((programs, 3, H * N), dtype=torch.float32)
     if programs:
         with on_device_of(y):
             gated_output_back[(programs, H)](
                 *(x.contiguous() for x in (y, r, k, v, g)), r_k, weight, bias,
-                dout.contiguous(), dy, dr, dk, dv, dg, parts, B * T, H, tiles, eps,
+                dout.contiguous(), dy, dr, dk, dv, dg, parts, rows, H, tiles, eps,
                 **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return dy, dr, dk, dv, dg, parts.sum(0)

@@ -93,6 +93,16 @@ def _row(channels: int) -> dict[str, int]:
     return {"C": channels, "BC": block, "num_warps": max(1, min(16, block // 256))}
 
 
+def _outputs(
+    x: Tensor, mixes: int, dtype: torch.dtype, sums: bool, measures: bool
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """The mixes, the moments of the rows (or of none) and, if it sums two terms, their sum."""
+    mixed = [x.new_empty(x.shape, dtype=dtype) for _ in range(mixes)]
+    rows = x.shape[0] * x.shape[1] if measures else 0
+    moments = x.new_empty((2, rows), dtype=torch.float32)
+    return mixed, moments, x.new_empty(x.shape) if sums else None
+
+
 def _run(
     x: Tensor,
     added: Tensor | None,
@@ -119,9 +129,7 @@ def _run(
     mixes = [m for m in (m0, m1, m2, m3, m4, m5) if m is not None]
     last = x.new_zeros(sequences, C) if carried is None else carried.to(x.dtype, copy=True)
     last = last.contiguous()
-    mixed = [x.new_empty(x.shape, dtype=dtype) for _ in mixes]
-    moments = x.new_empty((2, 0 if known is not None else B * T), dtype=torch.float32)
-    total = None if added is None else x.new_empty(x.shape)
+    mixed, moments, total = _outputs(x, len(mixes), dtype, added is not None, known is None)
     if B * T:
         span = rows_apiece(B * T, few=2, many=16)
         with on_device_of(x):
@@ -153,12 +161,10 @@ def _fake(
     m4: Tensor | None,
     m5: Tensor | None,
 ) -> list[Tensor]:
-    B, T, C = x.shape
-    mixes = [m for m in (m0, m1, m2, m3, m4, m5) if m is not None]
-    mixed = [x.new_empty(x.shape, dtype=dtype) for _ in mixes]
-    moments = x.new_empty((2, 0 if known is not None else B * T), dtype=torch.float32)
-    total = [] if added is None else [x.new_empty(x.shape)]
-    return [*mixed, x.new_empty(sequences, C), moments, *total]
+    count = sum(m is not None for m in (m0, m1, m2, m3, m4, m5))
+    last = x.new_empty(sequences, x.shape[2])
+    mixed, moments, total = _outputs(x, count, dtype, added is not None, known is None)
+    return [*mixed, last, moments, *([] if total is None else [total])]
 
 
 def _run_back(

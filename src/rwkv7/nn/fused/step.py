@@ -5,24 +5,23 @@ For inference only, and on a GPU without host synchronisation, so that a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv7.nn.token_shift import Slots, shift_in_pool_
-from rwkv7.wkv7 import DECAY_SCALE, checks_wanted
+from rwkv7.wkv7 import DECAY_SCALE, Operation, checks_wanted, is_traced
 
 from .keys import KEY_NORM_EPS
 from .launch import channel_block, on_device_of, runs_fused
-from .shift import MOST_MIXES, mix, products_dtype, six
+from .shift import MOST_MIXES, products_dtype, six
 
 LARGEST_HEAD = 128  # a program holds a head's whole state in registers
 
 
 class Projections(NamedTuple):
-    """What time mix makes of a token by matrix products, each [B, T, C]."""
+    """What time mix makes of a token by matrix products, each [B, T, C], or [B, C] in a step."""
 
     r: Tensor
     w: Tensor  # of the decay, before w0 is added
@@ -47,7 +46,7 @@ class StepParameters(NamedTuple):
 
 
 def mixed_in_pool_(
-    x: Tensor,  # [B, 1, C]
+    x: Tensor,  # [B, C]
     pool: Tensor,  # [P, C]
     slots: Slots,
     mixes: tuple[Tensor, ...],  # each [C]
@@ -55,9 +54,10 @@ def mixed_in_pool_(
     """x + (before - x) m for each m, `before` the rows of `pool`, whose place x takes."""
     # torch registers no operation that changes an argument and returns a list of tensors; in a
     # compiled step the compiler fuses the plain one.
-    if len(mixes) in (1, MOST_MIXES) and not _is_traced(pool) and _runs(pool, x, *mixes):
+    if len(mixes) in (1, MOST_MIXES) and not is_traced(pool) and _runs(pool, x, *mixes):
         return _mix_in_pool_(x, pool, slots.wkv, list(mixes))
-    return mix(x, shift_in_pool_(x, pool, slots), mixes)
+    delta = shift_in_pool_(x, pool, slots)
+    return tuple(torch.addcmul(x, delta, m) for m in mixes)
 
 
 def runs_fused_step(state: Tensor, projections: Projections) -> bool:
@@ -68,31 +68,25 @@ def runs_fused_step(state: Tensor, projections: Projections) -> bool:
 
 
 def time_mix_step_(
-    projections: Projections,  # T = 1
+    projections: Projections,  # of B tokens
     v_first: Tensor | None,  # [B, 1, C]
     parameters: StepParameters,
     eps: float,
     state: Tensor,  # [P, H, N, N]
     slots: Tensor,  # [B]
 ) -> Tensor:
-    """From time mix's projections to its gated output [B, 1, C], in one launch.
+    """From time mix's projections to its gated output, as they are [B, C] or [B, 1, C], in one
+    launch.
 
     The value residual, `key_operands`, `wkv7_step_` on rows of the pool `state` and
     `gated_output`, with nothing rounded between them. `eps` is the group norm's.
     """
-    run: Callable[..., Tensor] = _time_mix_step_
-    if _is_traced(state):
-        run = _time_mix_step_operator
-    return run(*projections, v_first, *parameters, eps, state, slots)
+    out: Tensor = _time_mix_step_(*projections, v_first, *parameters, eps, state, slots)
+    return out
 
 
 def _runs(pool: Tensor, *tensors: Tensor) -> bool:
     return pool.is_contiguous() and runs_fused(pool, *tensors) and not checks_wanted(pool.device)
-
-
-def _is_traced(pool: Tensor) -> bool:
-    # Registered operations are for tracing; going through one takes longer than a small step.
-    return torch.compiler.is_compiling() or type(pool) is not Tensor
 
 
 def _mix_in_pool_(
@@ -100,7 +94,7 @@ def _mix_in_pool_(
 ) -> tuple[Tensor, ...]:
     from .kernels.step import mix_in_pool
 
-    B, _, C = x.shape
+    B, C = x.shape
     mixed = [x.new_empty(x.shape, dtype=products_dtype(x)) for _ in mixes]
     if B:
         block = channel_block(C)
@@ -112,7 +106,7 @@ def _mix_in_pool_(
     return tuple(mixed)
 
 
-def _time_mix_step_(
+def _run(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -151,13 +145,7 @@ def _time_mix_step_(
     return out
 
 
-_time_mix_step_operator = torch.library.custom_op(
-    "rwkv7::time_mix_step_", _time_mix_step_, mutates_args=("state",)
-)
-
-
-@_time_mix_step_operator.register_fake
-def _(
+def _fake(
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -179,3 +167,6 @@ def _(
     slots: Tensor,
 ) -> Tensor:
     return v.new_empty(v.shape)
+
+
+_time_mix_step_ = Operation("rwkv7::time_mix_step_", _run, _fake, changes=("state",))

@@ -15,18 +15,19 @@ from .launch import (
     of_parameters,
     on_device_of,
     rows_apiece,
+    rows_of,
     runs_fused,
 )
 
 
 def mixed_value(
-    v: Tensor,  # [B, T, C]
-    first: Tensor,  # [B, T, C]
-    share: Tensor,  # [B, T, C]
+    v: Tensor,  # [..., C]
+    first: Tensor,  # [..., C]
+    share: Tensor,  # [..., C]
     v0: Tensor,  # [C]
     heads: int,
 ) -> Tensor:
-    """v + (first - v) σ(v0 + share), [B, T, C] in the dtype of v.
+    """v + (first - v) σ(v0 + share), [..., C] in the dtype of v.
 
     `heads` cuts the channels for the kernel; it changes nothing in the result.
     """
@@ -39,13 +40,12 @@ def mixed_value(
 def _run(v: Tensor, first: Tensor, share: Tensor, v0: Tensor, heads: int) -> Tensor:
     from .kernels.heads import mixed_value
 
-    B, T, C = v.shape
-    tile = head_tile(C // heads)
+    tile, rows = head_tile(v.shape[-1] // heads), rows_of(v)
     out = v.new_empty(v.shape)
-    if B * T:
+    if rows:
         with on_device_of(v):
-            mixed_value[(-(-B * T // tile["BT"]), heads)](
-                *(x.contiguous() for x in (v, first, share)), v0, out, B * T, heads,
+            mixed_value[(-(-rows // tile["BT"]), heads)](
+                *(x.contiguous() for x in (v, first, share)), v0, out, rows, heads,
                 **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return out
@@ -61,17 +61,17 @@ def _run_back(
     """Gradients of v, first and share, and that of v0 as [1, C] in fp32."""
     from .kernels.heads import mixed_value_back
 
-    B, T, C = v.shape
+    C, rows = v.shape[-1], rows_of(v)
     tile = head_tile(C // heads)
-    tiles = rows_apiece(-(-B * T // tile["BT"]), few=1, many=8)
-    programs = -(-B * T // (tiles * tile["BT"]))
+    tiles = rows_apiece(-(-rows // tile["BT"]), few=1, many=8)
+    programs = -(-rows // (tiles * tile["BT"]))
     dv, dfirst, dshare = (x.new_empty(x.shape) for x in (v, first, share))
     parts = v.new_empty((programs, 1, C), dtype=torch.float32)
     if programs:
         with on_device_of(v):
             mixed_value_back[(programs, heads)](
                 *(x.contiguous() for x in (v, first, share)), v0, dout.contiguous(),
-                dv, dfirst, dshare, parts, B * T, heads, tiles, **tile, num_warps=TILE_WARPS,
+                dv, dfirst, dshare, parts, rows, heads, tiles, **tile, num_warps=TILE_WARPS,
             )  # fmt: skip
     return dv, dfirst, dshare, parts.sum(0)
 

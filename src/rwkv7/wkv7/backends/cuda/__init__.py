@@ -51,21 +51,19 @@ class CudaBackend:
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
         """One flat tensor: the segments' maps, if any; the states before the chunks in fp16."""
-        if _is_empty(call):
-            return (0,)
-        if tokens := _segment(call):
-            cut = Segments.of(call, tokens)
-            return (cut.map_words + plan.saved_words(cut.call),)
-        return (plan.saved_words(call),)
+        return (0,) if _is_empty(call) else (_saved_words(call, _cut(call)),)
 
     def forward(self, call: Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """y [B, T, H, V], the final state [S, H, V, K] in fp32, and what `backward` needs."""
-        saved = call.v.new_empty(self.saved_shape(call) if save else (0,), dtype=torch.float32)
         if _is_empty(call):
+            saved = call.v.new_empty((0,), dtype=torch.float32)
             return torch.empty_like(call.v), call.initial_state().clone(), saved
+        cut = _cut(call)
+        words = _saved_words(call, cut) if save else 0
+        saved = call.v.new_empty((words,), dtype=torch.float32)
         y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-        if tokens := _segment(call):
-            return y, _forward_by_segments(Segments.of(call, tokens), y, saved, save), saved
+        if cut is not None:
+            return y, _forward_by_segments(cut, y, saved, save), saved
         final, kept = _states(call, call.sequences), saved if save else None
         if slabs := _slabs(call):
             relay(call, final, y, kept, slabs)
@@ -84,8 +82,7 @@ class CudaBackend:
             return (*(torch.zeros_like(x) for x in inputs), last)
         contiguous = torch.contiguous_format
         gradients = tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs)
-        if tokens := _segment(call):
-            cut = Segments.of(call, tokens)
+        if (cut := _cut(call)) is not None:
             return (*gradients, _backward_by_segments(cut, saved, dy, dstate, gradients))
         dinitial = _states(call, call.sequences)
         if slabs := _slabs(call):
@@ -143,8 +140,19 @@ def _segment(call: Call) -> int | None:
     return plan.segment(call, launch.card(call.r.device))
 
 
+def _cut(call: Call) -> Segments | None:
+    tokens = _segment(call)
+    return Segments.of(call, tokens) if tokens else None
+
+
 def _slabs(call: Call) -> list[int]:
     return plan.slabs(call, launch.card(call.r.device))
+
+
+def _saved_words(call: Call, cut: Segments | None) -> int:
+    if cut is None:
+        return plan.saved_words(call)
+    return cut.map_words + plan.saved_words(cut.call)
 
 
 def _states(call: Call, count: int) -> Tensor:

@@ -142,10 +142,9 @@ def checked(result: tuple[Any, ...], doing: str) -> Any:
     Raises:
         RuntimeError: the status is an error; names it, and what was being done.
     """
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"{doing}: {status.name}")
-    return values[0] if len(values) == 1 else tuple(values)
+    if int(result[0]) != 0:
+        raise RuntimeError(f"{doing}: {result[0].name}")
+    return result[1] if len(result) == 2 else result[1:]
 
 
 def _entry_name(kernel: Kernel, macros: Macros, target: str) -> str:

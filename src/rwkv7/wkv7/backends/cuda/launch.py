@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import struct
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ import torch
 from . import compiler
 from .compiler import checked
 from .plan import Card, Kernel, Macros
+
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @functools.cache
@@ -40,31 +44,52 @@ def launch(
     Raises:
         RuntimeError: the driver refuses; it says why.
     """
-    from cuda.bindings import driver
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, macros, device, grids)
+    start, function, shared = load(kernel, macros, device.index)
+    # As a number: torch.cuda.current_stream() makes an object, which takes longer than a launch.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    how = (1, 1, kernel.threads, 1, 1, shared, stream)
+    slots, doing = _slots.of(len(grids[0][1])), f"launching {kernel.entry}"
+    for blocks, arguments in grids:
+        slots.pack(slots.values, 0, *arguments)
+        result = start(function, blocks, *how, slots.pointers, 0)
+        if int(result[0]) == _INVALID_CONTEXT:
+            # A thread of its own that has done nothing on the card so far.
+            _make_current(device.index)
+            result = start(function, blocks, *how, slots.pointers, 0)
+        checked(result, doing)
 
-    # A kernel reads as many bytes of a slot as its parameter has; the driver copies them at once.
-    count = len(grids[0][1])
-    slots = (ctypes.c_uint64 * count)()
-    first = ctypes.addressof(slots)
-    pointers = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
-    with torch.cuda.device(device):
-        function = load(kernel, macros, device.index)
-        stream = torch.cuda.current_stream().cuda_stream
-        rest = (1, 1, kernel.threads, 1, 1, kernel.shared_bytes(macros), stream)
-        how = (*rest, ctypes.addressof(pointers), 0)
-        for blocks, arguments in grids:
-            slots[:] = list(arguments)
-            (status,) = driver.cuLaunchKernel(function, blocks, *how)
-            if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-                # A thread of its own that has done nothing on the card so far.
-                _make_current(device.index)
-                (status,) = driver.cuLaunchKernel(function, blocks, *how)
-            checked((status,), f"launching {kernel.entry}")
+
+class _Slots:
+    """Eight bytes an argument, and where each lies, as the driver wants them.
+
+    A kernel reads as many bytes of a slot as its parameter has.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.pack = struct.Struct(f"={count}Q").pack_into
+        self.values = (ctypes.c_uint64 * count)()
+        first = ctypes.addressof(self.values)
+        self._places = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
+        self.pointers = ctypes.addressof(self._places)
+
+
+class _SlotsOfThread(threading.local):
+    """A thread's own, for the driver has copied them when a launch returns."""
+
+    def __init__(self) -> None:
+        self.of = functools.cache(_Slots)
+
+
+_slots = _SlotsOfThread()
 
 
 @functools.cache
-def load(kernel: Kernel, macros: Macros, index: int) -> Any:
-    """The kernel as the driver's function, loaded on card `index`, the current one.
+def load(kernel: Kernel, macros: Macros, index: int) -> tuple[Callable[..., Any], Any, int]:
+    """The kernel on card `index`, the current one: what starts it, the driver's function, and the
+    bytes of shared memory of a block.
 
     Raises:
         RuntimeError: it does not compile, or the driver refuses it.
@@ -77,17 +102,14 @@ def load(kernel: Kernel, macros: Macros, index: int) -> Any:
     doing = f"loading {kernel.entry} for {target}"
     module = checked(driver.cuModuleLoadData(cubin), doing)
     function = checked(driver.cuModuleGetFunction(module, kernel.entry.encode()), doing)
-    attributes = driver.CUfunction_attribute
+    attributes, shared = driver.CUfunction_attribute, kernel.shared_bytes(macros)
     for attribute, value in (
-        (
-            attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            kernel.shared_bytes(macros),
-        ),
+        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared),
         # In percent: as much as the card can give, for several blocks share a multiprocessor.
         (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
     ):
         checked(driver.cuFuncSetAttribute(function, attribute, value), doing)
-    return function
+    return driver.cuLaunchKernel, function, shared
 
 
 def _make_current(index: int) -> None:

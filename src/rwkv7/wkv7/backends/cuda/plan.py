@@ -82,6 +82,7 @@ KERNELS = (
     Kernel("chain", 64, 128, (33280, 33280), "CHAIN_BYTES"),
     Kernel("chain", 128, 256, (132096, 132096), "CHAIN_BYTES"),
 )
+_BY_NAME = {(kernel.name, kernel.head): kernel for kernel in KERNELS}
 STEPS = 4  # of a chunk: what a warp prepares
 # A relay is worth its launches from so many chunks on, and up to so many sequences and heads a
 # multiprocessor (H200, ms forward and both at 128 sequences and heads of 4096 tokens: 0.45 and 1.65
@@ -134,8 +135,7 @@ class Card:
 
 def kernel(name: str, call: Call) -> Kernel:
     """The kernel of that name for the call."""
-    head = int(call.sizes[3])
-    return next(kernel for kernel in KERNELS if (kernel.name, kernel.head) == (name, head))
+    return _BY_NAME[name, int(call.sizes[3])]
 
 
 def segment(call: Call, card: Card) -> int | None:

@@ -7,7 +7,7 @@ gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,12 +29,16 @@ class Segments:
     def of(whole: Call, tokens: int) -> Segments:
         """`whole` [B, T, …] cut every `tokens` tokens from each sequence's start."""
         B, T, *_ = whole.sizes
-        count = -(-T // tokens)
-        at = torch.arange(B * count + 1, device=whole.r.device)
-        offsets = at // count * T + (at % count * tokens).clamp(max=T)
-        inputs = {name: getattr(whole, name).reshape(1, B * T, *getattr(whole, name).shape[2:])
-                  for name in ("r", "w", "k", "v", "a", "b")}  # fmt: skip
-        return Segments(whole, replace(whole, **inputs, state=None, cu_seqlens=offsets), tokens)
+        cut = -(-T // tokens) * tokens  # a sequence of whole segments
+        offsets = torch.arange(0, B * cut + 1, tokens, device=whole.r.device)
+        if cut > T:
+            offsets = offsets.sub(offsets // cut, alpha=cut - T)
+        r, w, k, v, a, b = (
+            x if B == 1 else x.reshape(1, B * T, *x.shape[2:])
+            for x in (whole.r, whole.w, whole.k, whole.v, whole.a, whole.b)
+        )
+        call = Call(r, w, k, v, a, b, None, whole.decay, offsets, whole.invariant)
+        return Segments(whole, call, tokens)
 
     @property
     def each(self) -> int:

@@ -179,7 +179,7 @@ def chain(
 
 def ready(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As the kernels read them: contiguous, and rows on 16 bytes."""
-    return tuple(x if x is None else _aligned(x.contiguous()) for x in tensors)
+    return tuple([x if x is None else _aligned(x.contiguous()) for x in tensors])
 
 
 def _launch(
@@ -204,7 +204,7 @@ def _offsets(call: Call) -> Tensor | None:
 
 
 def _addresses(*tensors: Tensor | None) -> Arguments:
-    return tuple(0 if x is None else x.data_ptr() for x in tensors)
+    return tuple([0 if x is None else x.data_ptr() for x in tensors])
 
 
 def _saved_addresses(saved: Tensor | None, call: Call) -> Arguments:

@@ -112,11 +112,15 @@ def _refuses(r: Tensor, v: Tensor) -> str | None:
         return "float64 is left to torch and reference"
     if max(K, V) > plan.LARGEST:
         return f"K and V up to {plan.LARGEST}, found K = {K}, V = {V}"
-    if r.device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(r.device)
-        if major < 8:
-            return f"needs compute capability 8.0 or later, found {major}.{minor}"
-    return None
+    return _card_refuses(r.device) if r.device.type == "cuda" else None
+
+
+@functools.cache
+def _card_refuses(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"needs compute capability 8.0 or later, found {major}.{minor}" if major < 8 else None
 
 
 def _is_empty(call: Call) -> bool:
@@ -126,6 +130,9 @@ def _is_empty(call: Call) -> bool:
 
 def _contiguous(call: Call) -> Call:
     state, offsets = call.state, call.cu_seqlens
+    given = (call.r, call.w, call.k, call.v, call.a, call.b, state, offsets)
+    if all(x is None or x.is_contiguous() for x in given):
+        return call
     return replace(
         call,
         r=call.r.contiguous(),
@@ -141,4 +148,6 @@ def _contiguous(call: Call) -> Call:
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launches go to the current device, which need not be the inputs'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

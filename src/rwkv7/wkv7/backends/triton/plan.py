@@ -6,6 +6,7 @@ values, and inside `batch_invariant()` never at T, B or the packing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +87,16 @@ def why_tokens(call: Call) -> str:
 
 
 def _largest(v: torch.Tensor) -> int:
-    if v.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(v.device)[0] != 9):
-        return CHUNK_LARGEST_ELSEWHERE
-    return CHUNK_LARGEST
+    return CHUNK_LARGEST_ELSEWHERE if v.is_cuda and not _hopper(v) else CHUNK_LARGEST
+
+
+def _hopper(v: torch.Tensor) -> bool:
+    return v.is_cuda and torch.version.hip is None and _generation(v.device) == 9
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _exact_on_gpu(call: Call) -> bool:

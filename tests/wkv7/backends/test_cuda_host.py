@@ -9,6 +9,7 @@ import enum
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,8 @@ class Driver:
 
     def __init__(self, context: int) -> None:
         self.context = context
+        self.device = 0  # torch's current one
+        self.launched_on: list[int] = []
         self.told: list[tuple[Any, ...]] = []
         self.arguments: list[int] = []
 
@@ -180,6 +183,7 @@ class Driver:
             return (self.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         slots = ctypes.cast(how[9], ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)))
         self.arguments = [slots[i][0] for i in range(3)]
+        self.launched_on.append(self.device)
         return self.note("launch", *how[:9])
 
 
@@ -187,9 +191,20 @@ class Driver:
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """A card of compute capability 9.0 whose context this thread has not opened."""
     driver = Driver(context=0)
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, driver.device = driver.device, wanted.index
+        yield
+        driver.device = before
+
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=42))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.device)
+    # A torch without CUDA lacks it.
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: 42 + index, raising=False
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(compiler, "compiled", lambda kernel, macros, target: target.encode())
     launch.load.cache_clear()
@@ -202,7 +217,7 @@ def test_a_launch(card: Driver) -> None:
     for _ in range(2):
         launch.launch(FORWARD, MACROS, device, [(12, (2**63, 0, 65))])
     shared = FORWARD.shared_bytes(MACROS)
-    started = ("launch", "function", 12, 1, 1, FORWARD.threads, 1, 1, shared, 42)
+    started = ("launch", "function", 12, 1, 1, FORWARD.threads, 1, 1, shared, 43)
     assert card.told == [
         ("retain", 1),
         ("current", 7),
@@ -214,6 +229,7 @@ def test_a_launch(card: Driver) -> None:
         started,
     ]
     assert card.arguments == [2**63, 0, 65]
+    assert card.launched_on == [1, 1] and card.device == 0
 
 
 def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
@@ -222,6 +238,29 @@ def test_a_launch_from_a_thread_without_a_context(card: Driver) -> None:
     card.context, card.told[:] = 0, []
     launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
     assert [what[0] for what in card.told] == ["retain", "current", "launch"]
+
+
+def test_a_launch_while_another_thread_starts_one(
+    card: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own arguments: cuda-bindings lets other threads run while the driver reads."""
+    start, found, device = card.cuLaunchKernel, [], torch.device("cuda", 0)
+
+    def interrupted(*how: Any) -> tuple[Any, ...]:
+        if not found:
+            found.append(None)
+            other = threading.Thread(
+                target=launch.launch, args=(FORWARD, MACROS, device, [(1, (7, 8, 9))])
+            )
+            other.start()
+            other.join()
+        result = start(*how)
+        found.append(card.arguments)
+        return result
+
+    monkeypatch.setattr(card, "cuLaunchKernel", interrupted)
+    launch.launch(FORWARD, MACROS, device, [(1, (1, 2, 3))])
+    assert found[1:] == [[7, 8, 9], [1, 2, 3]]
 
 
 def test_what_the_driver_refuses_is_said(card: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from wkv7.backends.emulation import LARGE, Emulator, Guard, emulate, why_not
 from wkv7.cases import Case, Place, arguments, exact, failures, make_inputs
-from wkv7.emulation import LARGE, Emulator, Guard, emulate, why_not
 
 from rwkv7.wkv7 import wkv7
 from rwkv7.wkv7.backends.cuda import CudaBackend, launch, plan
