@@ -242,14 +242,17 @@ def test_segments_at_once(
     assert emulator.launches == forward + backward
 
 
+def small_slabs(chunks: int, *_: int) -> list[int]:
+    """Of one chunk, then of four, which is more than a ring has places for."""
+    return [1, *[4] * ((chunks - 1) // 4), *[(chunks - 1) % 4] * ((chunks - 1) % 4 > 0)]
+
+
 @pytest.fixture
 def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call of more than a chunk is a relay, in slabs of two chunks and one."""
+    """Every call of more than a chunk is a relay, in small slabs."""
     monkeypatch.setattr(launch, "card", lambda device: LARGE)
     monkeypatch.setattr(plan, "FEWEST_CHUNKS", 2)
-    monkeypatch.setattr(
-        plan, "slab_sizes", lambda chunks, *_: [2] * (chunks // 2) + [1] * (chunks % 2)
-    )
+    monkeypatch.setattr(plan, "slab_sizes", small_slabs)
 
 
 @pytest.mark.parametrize(
@@ -264,10 +267,10 @@ def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("relayed")
 def test_relay(case: Case, dtype: torch.dtype, emulator: Emulator) -> None:
-    """Slabs of two chunks, the last one ragged: a launch more than slabs, both ways."""
+    """A launch more than slabs, both ways; a sequence's last chunk is ragged."""
     emulator.launches.clear()
     assert not failures(case, CPU, dtype)
-    launches = 1 + -(-case.T // 128)
+    launches = 1 + len(small_slabs(-(-case.T // 64)))
     expected = ["relay"] * launches + ["relay_back"] * launches + ["backward"]
     assert emulator.launches == expected
 

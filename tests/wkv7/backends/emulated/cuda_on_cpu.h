@@ -3,6 +3,7 @@
 #pragma once
 #define EMULATED
 #define DEVICE static inline
+#define MEMBER inline
 #define __global__ static
 #define __launch_bounds__(...)
 #define __restrict__
@@ -11,9 +12,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
+#include <vector>
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 
 enum { LANES = 32, MOST_THREADS = 512, STACK = 1 << 17 };
 struct Fiber { ucontext_t context; char* stack; bool done; };
@@ -28,9 +31,11 @@ static void (*body)();
 static inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 struct Barrier { int waiting; long turn; };
-static Barrier warp_barrier[MOST_THREADS / LANES], block_barrier, group_barrier[16];
+static long events;  // that somebody may have waited for
+static Barrier warp_barrier[MOST_THREADS / LANES], block_barrier;
 static inline void wait(Barrier& b, int count) {
     long turn = b.turn;
+    ++events;
     if (++b.waiting == count) { b.waiting = 0; b.turn++; return; }
     while (b.turn == turn) yield();
 }
@@ -38,11 +43,6 @@ static inline int lane_id() { return current % LANES; }
 static inline int warp_id() { return current / LANES; }
 static inline void sync_warp() { wait(warp_barrier[warp_id()], LANES); }
 static inline void sync_block() { wait(block_barrier, block_threads); }
-static inline void sync_group(int barrier, int threads) { wait(group_barrier[barrier], threads); }
-static inline void arrive_group(int barrier, int threads) {
-    Barrier& b = group_barrier[barrier];
-    if (++b.waiting == threads) { b.waiting = 0; b.turn++; }
-}
 
 static inline u32 bits_of(float x) { u32 r; memcpy(&r, &x, 4); return r; }
 static inline float from_bits(u32 x) { float r; memcpy(&r, &x, 4); return r; }
@@ -146,15 +146,60 @@ static inline u32 transpose_tile(u32 x) {
     sync_warp();
     return r;
 }
-static inline void copy_16(void* to, const void* from, bool valid) {
-    if (valid) memcpy(to, from, 16); else memset(to, 0, 16);
-}
-static inline void copies_done() {}
-static inline void end_batch() {}
-template <int PENDING>
-static inline void batches_done() {}
 
-static void enter() { body(); fibers[current].done = true; yield(); }
+// Copies that a thread has begun: they come when it waits for them, or arrive at a barrier when no thread can
+// go on without. None of `from`: zeros.
+struct Piece { void* to; const void* from; int bytes; };
+static std::vector<Piece> begun[MOST_THREADS];
+static inline void come(std::vector<Piece>& pieces) {
+    for (const Piece& c : pieces)
+        if (c.from) memcpy(c.to, c.from, c.bytes); else memset(c.to, 0, c.bytes);
+    pieces.clear();
+}
+static inline void copy_16(void* to, const void* from, bool valid) {
+    begun[current].push_back({to, valid ? from : nullptr, 16});
+}
+static inline void copies_done() { come(begun[current]); }
+
+// A barrier in shared memory, in its 8 bytes.
+struct Turns { u16 expected, missing; u32 turn : 1, bytes : 31; };
+static inline void check_turn(Turns& b) {
+    if (b.missing == 0 && b.bytes == 0) { b.missing = b.expected; b.turn ^= 1; }
+}
+static inline void begin_barrier(u64* barrier, int arrivals) {
+    *(Turns*)barrier = {(u16)arrivals, (u16)arrivals, 0, 0};
+}
+static inline void barriers_begun() {}
+static inline void arrive(u64* barrier) {
+    Turns& b = *(Turns*)barrier;
+    ++events; --b.missing; check_turn(b);
+}
+static inline void wait_for_turn(u64* barrier, int turn) {
+    ++events;
+    while (((Turns*)barrier)->turn == (turn & 1)) yield();
+}
+struct Copy { std::vector<Piece> pieces; u64* barrier; int bytes; };  // bytes: that the barrier counts
+static std::vector<Copy> under_way;
+static inline void arrive_when_copied(u64* barrier) {
+    under_way.push_back({begun[current], barrier, 0});
+    begun[current].clear();
+}
+static inline void copy_bulk(void* to, const void* from, int bytes, u64* barrier) {
+    ((Turns*)barrier)->bytes += bytes;
+    arrive(barrier);
+    under_way.push_back({{{to, from, bytes}}, barrier, bytes});
+}
+static void copies_come() {
+    for (Copy& c : under_way) {
+        come(c.pieces);
+        Turns& b = *(Turns*)c.barrier;
+        if (c.bytes) b.bytes -= c.bytes; else --b.missing;
+        check_turn(b);
+    }
+    under_way.clear();
+}
+
+static void enter() { body(); ++events; fibers[current].done = true; yield(); }
 // One block; the caller sets `body` and blockIdx. Shared memory starts as NaN, as if never written.
 static void run_block(int threads, int shared_bytes) {
     block_threads = threads;
@@ -170,10 +215,14 @@ static void run_block(int threads, int shared_bytes) {
     }
     for (bool busy = true; busy;) {
         busy = false;
+        const long before = events;
         for (current = 0; current < threads; ++current)
             if (!fibers[current].done) {
                 threadIdx.x = current; busy = true;
                 swapcontext(&scheduler, &fibers[current].context);
             }
+        if (!busy || events > before) continue;
+        if (under_way.empty()) abort();  // no thread can ever go on
+        copies_come();
     }
 }

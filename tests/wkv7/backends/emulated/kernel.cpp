@@ -10,7 +10,6 @@ struct float4 { float x, y, z, w; };
 struct uint4 { u32 x, y, z, w; };
 #include "program.inc"
 
-typedef unsigned long long u64;
 static const u64* slots;
 
 template <class T>

@@ -382,9 +382,9 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
     float e_scale = 1;
     if (dfinal) read_rows(E, dfinal + (i64)pair * N * N);
     char* const shared = shared_memory;
-    const auto load_chunk = [=](int n) {
-        const int left = tokens - n * CHUNK;
-        const i64 at = (start + n * CHUNK) * stride + h * N;
+    for (int n = chunks - 1; n >= 0; --n) {
+        const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
+        const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
         load_rows(shared + W_ROWS, w + at * W_BYTES, stride * W_BYTES, left, (int)W_BYTES);
         load_rows(shared + R, r + at * 2, stride * 2, left, 2);
         load_rows(shared + A, a + at * 2, stride * 2, left, 2);
@@ -392,11 +392,6 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         load_rows(shared + K, k + at * 2, stride * 2, left, 2);
         load_rows(shared + V, v + at * 2, stride * 2, left, 2);
         load_rows(shared + DY, dy + (dy ? at * 2 : 0), stride * 2, dy ? left : 0, 2);
-    };
-    if (chunks > 0) load_chunk(chunks - 1);
-    for (int n = chunks - 1; n >= 0; --n) {
-        const int left = tokens - n * CHUNK < CHUNK ? tokens - n * CHUNK : CHUNK;
-        const i64 at = (start + n * CHUNK) * stride + h * N, index = (chunk + n) * H + h;
         rows_loaded(shared, left);
         prepare(shared);
         sync_block();
@@ -469,7 +464,7 @@ wkv7_backward(const char* __restrict__ r, const char* __restrict__ w, const char
         store_tile(dk + at * 2, shared + K, stride * 2, left);
         store_tile(db + at * 2, shared + B, stride * 2, left);
         store_tile(dv + at * 2, shared + MOVE_BACK, stride * 2, left);
-        if (n > 0) load_chunk(n - 1);
+        sync_block();
     }
     if (!APART) write_rows(E, dinitial + (i64)pair * N * N, e_scale);
 }

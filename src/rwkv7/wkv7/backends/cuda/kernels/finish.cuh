@@ -120,11 +120,10 @@ DEVICE void finish_step(char* shared, int step, const Gradients& d, const char* 
     }
 }
 
-// Finished gradients to memory: of a tile the rows that the warp will load again.
+// A whole tile of finished gradients to memory.
 DEVICE void store_tile(char* to, const char* tile, i64 stride, int left) {
-    const int first = STEP * prepared_step();
-    for (int i = 32 * prepared_part() + lane_id(); i < STEP * PIECES; i += 32 * WARPS_PER_STEP) {
-        const int row = first + i / PIECES, piece = i % PIECES;
+    for (int i = group_thread(); i < CHUNK * PIECES; i += GROUP) {
+        const int row = i >> PIECE_BITS, piece = i & (PIECES - 1);
         if (row < left)
             *(uint4*)(to + row * stride + piece * 16) = *(const uint4*)(tile + tile_at(row, piece));
     }

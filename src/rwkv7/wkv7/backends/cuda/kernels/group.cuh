@@ -12,10 +12,7 @@
 #else
 #define WGMMA 0
 #endif
-
 #if WGMMA
-// What other threads wrote to shared memory is there for the products of those who wait for this one.
-DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // All batches but the last PENDING are done, and with them d.
@@ -28,25 +25,18 @@ DEVICE void products_done(float (&d)[TILES][4]) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
 
-// How a right operand lies: `across` bytes from one group of eight rows to the next.
-enum { TILE_LAYOUT = 1, SQUARE_LAYOUT = 3 };
-DEVICE unsigned long long operand_at(const char* p, int layout, int across) {
-    const unsigned long long at = (shared_address(p) & 0x3ffff) >> 4;
-    return at | 1ull << 16 | (unsigned long long)(across >> 4) << 32 | (unsigned long long)layout << 62;
-}
-
 #define FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define REST "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(FRESH ? 0 : 1), "n"(BY_ROWS)
 // d [64, 8 TILES] += a b; FRESH: = a b. BY_ROWS: b's rows are those of the product's sum.
 template <bool FRESH, int BY_ROWS>
-DEVICE void multiply_group(float (&d)[2][4], const u32 a[4], unsigned long long b) {
+DEVICE void multiply_group(float (&d)[2][4], const u32 a[4], u64 b) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, "
         "{%8,%9,%10,%11}, %12, p, 1, 1, %14;}" : FOUR(d[0]), FOUR(d[1]) : REST);
 }
 template <bool FRESH, int BY_ROWS>
-DEVICE void multiply_group(float (&d)[4][4], const u32 a[4], unsigned long long b) {
+DEVICE void multiply_group(float (&d)[4][4], const u32 a[4], u64 b) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,"
@@ -54,7 +44,7 @@ DEVICE void multiply_group(float (&d)[4][4], const u32 a[4], unsigned long long 
         : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]) : REST);
 }
 template <bool FRESH, int BY_ROWS>
-DEVICE void multiply_group(float (&d)[8][4], const u32 a[4], unsigned long long b) {
+DEVICE void multiply_group(float (&d)[8][4], const u32 a[4], u64 b) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,"
@@ -66,7 +56,6 @@ DEVICE void multiply_group(float (&d)[8][4], const u32 a[4], unsigned long long 
 #undef FOUR
 #undef REST
 #else
-DEVICE void show_to_products() {}
 DEVICE void begin_products() {}
 DEVICE void end_products() {}
 template <int PENDING, int TILES>
@@ -80,56 +69,63 @@ DEVICE void begin_sum(float (&d)[TILES][4]) {
 }
 #endif
 
-// d += a Xᵀ: rows 0 to 8 TILES of a tile X, channels 16 block..
-template <int TILES>
-DEVICE void add_columns(float (&d)[TILES][4], const u32 a[4], const char* tile, int block) {
+// How a right operand lies: rows of a tile, or squares one behind the other.
+enum Layout { IN_TILE = 1, IN_SQUARES = 3 };
+// Where operands lie: an address, and the same as the instruction takes it, known to be one for the warp; so
+// that what is added to it costs nothing between products.
+struct Place {
+    const char* p;
+    u32 at;
+};
+DEVICE Place place_at(const char* p) {
 #if WGMMA
-    multiply_group<false, 0>(d, a, operand_at(tile + 32 * block, TILE_LAYOUT, 1024));
+    return {p, __shfl_sync(0xffffffffu, shared_address(p) >> 4 | 1u << 16, 0)};
 #else
-#pragma unroll
-    for (int n = 0; n < TILES; n += 2) {
-        u32 b[4];
-        columns_operand(b, tile, 8 * n, block);
-        mma_pair(&d[n], a, b);
-    }
+    return {p, 0};
 #endif
 }
-// d += a X: X a tile of 16 rows.
-DEVICE void add_rows(float (&d)[8][4], const u32 a[4], const char* tile) {
+DEVICE Place operator+(Place place, int bytes) { return {place.p + bytes, place.at + bytes / 16}; }
 #if WGMMA
-    multiply_group<false, 1>(d, a, operand_at(tile, TILE_LAYOUT, 1024));
-#else
-#pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-        u32 b[4];
-        rows_operand(b, tile, 0, n / 2);
-        mma_pair(&d[n], a, b);
-    }
-#endif
+// As the instruction takes it, with the bytes from one group of eight rows to the next.
+template <Layout LAYOUT>
+DEVICE u64 operand_at(Place place) {
+    return (u64)((LAYOUT == IN_TILE ? 1024 : 256) >> 4 | (u32)LAYOUT << 30) << 32 | place.at;
 }
-// d += a Xᵀ of as many squares [16, 16] as d has room for, one behind the other. FRESH: = a Xᵀ.
-template <bool FRESH, int TILES>
-DEVICE void add_square_columns(float (&d)[TILES][4], const u32 a[4], const char* squares) {
+#endif
+
+// d += a Xᵀ: rows 0 to 8 TILES of X; of a tile, channels 16 block... FRESH: = a Xᵀ.
+template <Layout LAYOUT, bool FRESH, int TILES>
+DEVICE void add_columns(float (&d)[TILES][4], const u32 a[4], Place x, int block = 0) {
 #if WGMMA
-    multiply_group<FRESH, 0>(d, a, operand_at(squares, SQUARE_LAYOUT, 256));
+    multiply_group<FRESH, 0>(d, a, operand_at<LAYOUT>(x + 32 * block));
 #else
     begin_sum<FRESH>(d);
 #pragma unroll
     for (int n = 0; n < TILES; n += 2) {
         u32 b[4];
-        columns_square(b, squares + n / 2 * 512);
+        if (LAYOUT == IN_TILE)
+            columns_operand(b, x.p, 8 * n, block);
+        else
+            columns_square(b, x.p + n / 2 * 512);
         mma_pair(&d[n], a, b);
     }
 #endif
 }
-// d = a X of a square.
-DEVICE void square_rows(float (&d)[2][4], const u32 a[4], const char* square) {
+// d += a X: the 16 rows of X. FRESH: = a X.
+template <Layout LAYOUT, bool FRESH, int TILES>
+DEVICE void add_rows(float (&d)[TILES][4], const u32 a[4], Place x) {
 #if WGMMA
-    multiply_group<true, 1>(d, a, operand_at(square, SQUARE_LAYOUT, 256));
+    multiply_group<FRESH, 1>(d, a, operand_at<LAYOUT>(x));
 #else
-    begin_sum<true>(d);
-    u32 b[4];
-    rows_square(b, square);
-    mma_pair(d, a, b);
+    begin_sum<FRESH>(d);
+#pragma unroll
+    for (int n = 0; n < TILES; n += 2) {
+        u32 b[4];
+        if (LAYOUT == IN_TILE)
+            rows_operand(b, x.p, 0, n / 2);
+        else
+            rows_square(b, x.p);
+        mma_pair(&d[n], a, b);
+    }
 #endif
 }

@@ -54,13 +54,6 @@ DEVICE void pass_step(const char* step, Rows& map, Rows& added, const u32 v[4]) 
     }
 }
 
-// Divides the state, given divided by `scale`, by the power of two that `most` asks for.
-DEVICE void rescale(Rows& state, float& scale, float most) {
-    const float next = power_of_two(warp_max(most));
-    times(state, scale * inverse_power(next));
-    scale = next;
-}
-
 #ifndef EMULATED
 extern "C"
 #endif

@@ -35,10 +35,13 @@ DEVICE void times_channels(Rows& state, const Channels& factors) {
         state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
     }
 }
-DEVICE void times_channels(Rows& state, const float* factors) {
-    Channels read;
-    read_channels(read, factors);
-    times_channels(state, read);
+DEVICE void times_channels(Rows& state, const float* factor) {
+    const int p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+        const float2 f = *(const float2*)(factor + 8 * n + p);
+        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+    }
 }
 DEVICE void times_channels(Channels& factors, const float* others) {
     Channels read;
@@ -57,9 +60,14 @@ DEVICE void times_channels(Rows& state, const Channels& one, const float* other)
     }
 }
 DEVICE void times_channels(Rows& state, const float* one, const float* other) {
-    Channels first;
-    read_channels(first, one);
-    times_channels(state, first, other);
+    const int p = (lane_id() & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+        float2 f = *(const float2*)(one + 8 * n + p);
+        const float2 g = *(const float2*)(other + 8 * n + p);
+        f.x *= g.x, f.y *= g.y;
+        state.s[n][0] *= f.x, state.s[n][1] *= f.y, state.s[n][2] *= f.x, state.s[n][3] *= f.y;
+    }
 }
 
 DEVICE void times(Rows& state, float factor) {
@@ -67,6 +75,13 @@ DEVICE void times(Rows& state, float factor) {
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) state.s[n][i] *= factor;
+}
+
+// Divides the state, given divided by `scale`, by the power of two that `most` asks for.
+DEVICE void rescale(Rows& state, float& scale, float most) {
+    const float next = power_of_two(warp_max(most));
+    times(state, scale * inverse_power(next));
+    scale = next;
 }
 
 DEVICE float largest(const Rows& state) {

@@ -107,9 +107,7 @@ DEVICE void walk_chunk(char* shared, Rows& state, float& scale, float most, Valu
         values(n, value);
         most = fmaxf(most, largest_input(value) * step_scales(shared + n * STEP_BYTES, 0)[1]);
     }
-    const float next = power_of_two(warp_max(most));
-    times(state, scale * inverse_power(next));
-    scale = next;
+    rescale(state, scale, most);
     Channels decay;
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {

@@ -53,9 +53,7 @@ DEVICE void walk_chunk_back(Rows& E, float& scale, Place place, Done done) {
         left_transposed(value[n], place(n) + ROWS_AT, 0, first_row() / 16);
         most = fmaxf(most, largest_input(value[n]) * step_scales(place(n), 0)[0]);
     }
-    const float next = power_of_two(warp_max(most));
-    times(E, scale * inverse_power(next));
-    scale = next;
+    rescale(E, scale, most);
 #pragma unroll
     for (int n = 0; n < STEPS; ++n) {
         const float f = step_scales(place(n), 0)[0] * inverse_power(scale);

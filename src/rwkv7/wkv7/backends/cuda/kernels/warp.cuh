@@ -9,9 +9,11 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
+#define MEMBER __device__ __forceinline__  // of a struct
 
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int warp_id() { return threadIdx.x >> 5; }
@@ -74,12 +76,6 @@ DEVICE void copy_16(void* to, const void* from, bool valid) {
                  "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// What was copied since the last call is a batch; waits until but the last PENDING batches are done.
-DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-DEVICE void batches_done() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 // Two numbers rounded to fp16 (bf16), the first in the low half.
 DEVICE u32 pack_half(float low, float high) {
@@ -128,14 +124,6 @@ DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x
 DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(u32 x) { return __uint_as_float(x); }
 DEVICE void sync_block() { __syncthreads(); }
-// `threads` threads of the block, in whole warps; barriers 1 to 15 are for groups.
-DEVICE void sync_group(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-// Counts as there, but does not wait.
-DEVICE void arrive_group(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
 DEVICE void sync_warp() { __syncwarp(); }
 #endif
 
