@@ -5,15 +5,20 @@ The interpreter multiplies in fp32 and truncates bf16, so precision is judged wi
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_interpreter import load
 
 from rwkv7.wkv7 import explain, wkv7, wkv7_step_
 from rwkv7.wkv7.backends.triton import plan
-from rwkv7.wkv7.contract import log_decay
+from rwkv7.wkv7.contract import Call, log_decay
 
-load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "outputs", "gradients")
+load(
+    "rwkv7.wkv7.backends.triton.kernels",
+    *("tokens", "images", "walks", "prepare", "back_walks", "gradients"),
+)
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 NAMES = ("y", "state", "dr", "dw", "dk", "dv", "da", "db", "dstate")
@@ -93,12 +98,36 @@ def test_packed(decay):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("K", "V", "T"), [(16, 24, 200), (96, 72, 129)])
+@pytest.mark.parametrize("state", ["none", "random"])
+def test_segments(K, V, T, state, monkeypatch):
+    from rwkv7.wkv7.backends.triton import step_route
+
+    monkeypatch.setattr(step_route, "segment", lambda call: 64)
+    initial = None if state == "none" else torch.randn(1, 2, V, K)
+    compare(inputs(1, T, 2, K, V), state=initial)
+
+
+def test_only_few_long_sequences_are_cut():
+    def call(B, T, offsets=None):
+        x = torch.empty(B, T, 2, 16, device="meta")
+        return Call(x, x, x, x, x, x, None, "logit", offsets)
+
+    few, packed = call(1, 10000), call(1, 10000, torch.tensor([0, 10000]))
+    for uncut in (call(1, 900), call(100, 10000), packed, replace(few, invariant=True)):
+        assert plan.segment(uncut) >= uncut.sizes[1]
+    assert plan.segment(few) < 10000
+    assert plan.segment(few) % plan.CHUNK == 0
+
+
 @pytest.mark.parametrize("through", ["y", "state", "both"])
-def test_walks_of_a_full_card(through, monkeypatch):
-    monkeypatch.setattr(plan, "FEW_PAIRS", 0)
-    offsets = torch.tensor([0, 0, 1, 66, 136])
-    call = inputs(1, 136, 1, 16, 24)
-    compare(call, through=through, cu_seqlens=offsets, state=torch.randn(4, 1, 24, 16))
+@pytest.mark.parametrize("offsets", [None, [0, 0, 1, 66, 130, 260, 260]])
+def test_backward_by_slabs_of_one_chunk(offsets, through, monkeypatch):
+    monkeypatch.setattr(plan, "SLAB", 1)
+    B, S = (2, 2) if offsets is None else (1, 6)
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    call = inputs(B, 150 if offsets is None else 260, 1, 16, 24)
+    compare(call, through=through, cu_seqlens=cu_seqlens, state=torch.randn(S, 1, 24, 16))
 
 
 @pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20), (80, 128)])

@@ -11,7 +11,10 @@ import torch
 from triton_interpreter import load
 from wkv7.cases import FEW_CHANNELS, Case, Place, failures
 
-load("rwkv7.wkv7.backends.triton.kernels", "tokens", "maps", "walks", "outputs", "gradients")
+load(
+    "rwkv7.wkv7.backends.triton.kernels",
+    *("tokens", "images", "walks", "prepare", "back_walks", "gradients"),
+)
 BF16 = torch.bfloat16
 ONE = {"B": 1, "H": 1}
 # Tokens whose decays span all that a chunk can: what fp16 operands hold only with a power each.
@@ -39,7 +42,7 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from rwkv7.wkv7.backends.triton import chunk_route, plan
+    from rwkv7.wkv7.backends.triton import back_route, plan, saved, step_route
 
     plain = InterpreterBuilder.cast_impl
 
@@ -58,7 +61,7 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cast_impl", "create_fp_ext", "create_fp_trunc"):
         monkeypatch.setattr(InterpreterBuilder, name, cast)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    for module in (chunk_route, plan):
+    for module in (back_route, plan, saved, step_route):
         monkeypatch.setattr(
             module, "products", lambda v: "halves" if v.dtype == torch.float16 else "half"
         )
@@ -71,15 +74,35 @@ def test_within_the_bounds(case: Case, dtype: torch.dtype) -> None:
     assert not failures(case, Place("triton"), dtype)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.usefixtures("rounding")
-def test_walks_of_a_full_card(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwkv7.wkv7.backends.triton import plan
-
-    monkeypatch.setattr(plan, "FEW_PAIRS", 0)
-    assert not failures(Case(T=130, K=64, V=64, state="random", **ONE), Place("triton"), dtype)
-
-
 @pytest.mark.usefixtures("rounding")
 def test_decays_at_the_floor() -> None:
     assert not failures(FLOOR, Place("triton"), BF16)  # in fp16 dw is below the normal range
+
+
+@pytest.mark.usefixtures("rounding")
+def test_sizes_that_fp16_does_not_hold() -> None:
+    assert not failures(
+        Case(T=70, K=64, V=64, values="large r and k", **ONE), Place("triton"), BF16
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("values", ["model", "same key", "large v"])
+@pytest.mark.usefixtures("rounding")
+def test_segments_within_the_bounds(
+    values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv7.wkv7.backends.triton import step_route
+
+    monkeypatch.setattr(step_route, "segment", lambda call: 64)
+    case = Case(T=130, K=64, V=64, values=values, **ONE)
+    assert not failures(case, Place("triton"), dtype)
+
+
+@pytest.mark.usefixtures("rounding")
+def test_true_fp32_products_of_bf16_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv7.wkv7.backends.triton import back_route, plan, saved, step_route
+
+    for module in (back_route, plan, saved, step_route):
+        monkeypatch.setattr(module, "products", lambda v: "ieee")
+    assert not failures(Case(T=34, K=16, V=16, **ONE), Place("triton"), BF16)

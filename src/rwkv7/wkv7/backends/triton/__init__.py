@@ -1,8 +1,8 @@
 """The portable GPU backend: Triton kernels with static configurations, nothing tuned at run time.
 
-Two routes. By chunks of 64 tokens (RWKV-7's own decays, 16-bit inputs, K and V up to 128, or 64 on
-other cards than Hopper's): a kernel over all chunks, a short walk over states, and backward a walk
-and one kernel again. Token by token in fp32: the rest.
+Two routes. In steps of 16 tokens, by chunks of 64 (RWKV-7's own decays, 16-bit inputs, K and V up
+to 128, or 64 on other cards than Hopper's): steps are prepared all at once, then walked. Token by
+token in fp32: the rest.
 Importing this module imports no triton; the kernels are loaded by the first call that runs.
 """
 
@@ -38,13 +38,13 @@ class TritonBackend:
         return f"triton, token by token ({plan.why_tokens(call)})"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:
-        """One flat tensor: states at boundaries, and for the chunked route the chunks' maps."""
+        """One flat tensor: states at boundaries, of chunks or of spans of tokens."""
         if _is_empty(call):
             return (0,)
         if plan.takes_chunks(call):
-            from .chunk_route import Kept
+            from .saved import Saved
 
-            return (Kept.words(call),)
+            return (Saved.words(call),)
         from .token_route import saved_spans
 
         _, _, H, K, V = call.sizes
@@ -55,12 +55,15 @@ class TritonBackend:
         saved = call.v.new_empty(self.saved_shape(call) if save else (0,), dtype=torch.float32)
         if _is_empty(call):
             return torch.empty_like(call.v), call.initial_state().clone(), saved
-        from . import chunk_route, token_route
+        from . import step_route, token_route
+        from .saved import Saved
 
         call = _contiguous(call)
         with _on(call.r):
-            route = chunk_route if plan.takes_chunks(call) else token_route
-            y, final = route.forward(call, saved, save)
+            if plan.takes_chunks(call):
+                y, final = step_route.forward(call, Saved.view(call, saved) if save else None)
+            else:
+                y, final = token_route.forward(call, saved, save)
         return y, final, saved
 
     def backward(
@@ -72,13 +75,13 @@ class TritonBackend:
             initial = call.initial_state()
             last = torch.zeros_like(initial) if dstate is None else dstate.clone()
             return (*(torch.zeros_like(x) for x in inputs), last)
-        from . import chunk_route, token_route
+        from . import back_route, token_route
 
         call = _contiguous(call)
         dy = None if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
         with _on(call.r):
-            route = chunk_route if plan.takes_chunks(call) else token_route
+            route = back_route if plan.takes_chunks(call) else token_route
             return route.backward(call, saved, dy, dstate)
 
     def refuses_step(self, r: Tensor, v: Tensor, state: Tensor) -> str | None:

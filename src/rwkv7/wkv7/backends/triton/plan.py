@@ -14,6 +14,7 @@ import torch
 from rwkv7.wkv7.contract import Call
 
 CHUNK = 64
+STEP = 16  # tokens that the chunked kernels take at a time
 SPAN = 16  # tokens between two states that the token route saves, and rebuilds backward
 LARGEST = 256
 # K and V up to which calls go by chunks. The wide kernels are for Hopper, whose products read both
@@ -25,35 +26,38 @@ SHORT = 16
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Warps of a program and stages of its software pipeline, Triton's num_warps, num_stages."""
+    """Warps of a program, stages of its software pipeline, and the most registers of a thread."""
 
     warps: int
     stages: int = 1
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """How Triton takes it."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None and torch.version.hip is None:
+            options["maxnreg"] = self.registers
+        return options
 
 
-@dataclass(frozen=True, slots=True)
-class Walk(Launch):
-    """A walk over chunks; rows: how many rows of V one program carries; outputs: whether it also
-    makes y or dv, which are else left to a kernel over all chunks at once."""
-
-    rows: int = 64
-    outputs: bool = True
-
-
-# The chunked route. Measured on Hopper (bf16): 8 warps are slower (a tile of 64 rows has work for
-# four), and so are fewer registers a thread with three or four programs a multiprocessor; a
-# pipeline gains nothing but in a walk with few programs.
-MAPS = Launch(warps=4)
-GRADIENTS = Launch(warps=4)
-# Channels of K at a time: 64 spill five times the registers that 32 do. For fp16 inputs all chunks'
-# tiles of two numbers must be in shared memory then, more than cards other than Hopper's have.
-GRADIENTS_PART, GRADIENTS_PART_PAIRS = 32, 64
-WALK = Walk(warps=4, rows=64)
-# Few walks are as slow as their chain of steps: it is kept short, and V is cut over more programs.
-WALK_FEW = Walk(warps=4, stages=3, rows=16, outputs=False)
-OUTPUTS = Launch(warps=4)
-# With fewer (sequence, head) pairs than this a card is not full, and V is cut further.
-FEW_PAIRS = 256
+# The chunked route, measured on Hopper (bf16). Forward one warp prepares a step, and nothing in it
+# waits for another. A multiprocessor's quarter has room for two of them, for three with 168
+# registers, but what does not fit then costs more.
+IMAGES = Launch(warps=1)
+# A walk has 64 rows of V. With 128 registers four share a multiprocessor, and 512 are one wave;
+# where they do not fill a card, more registers are faster.
+WALK_ROWS = 64
+WALK, WALK_FULL, FULL_WALKS = Launch(4, stages=3), Launch(4, stages=3, registers=128), 384
+# Segments cost another walk of all of them and two more launches: at 96 pairs more than they gain.
+SEGMENT_PAIRS, SEGMENT_WALKS, SHORTEST_SEGMENT = 64, 512, 512
+CHAIN = Launch(warps=4)
+# Backward, in steps. One warp has a step, or rows of a walk, to itself: nothing in it waits for
+# another warp.
+GRADIENTS = Launch(warps=1)
+GRADIENTS_PART = 16  # channels of K at a time
+# How many numbers the states of all steps of a slab have together: at 2^27 its scratch memory is a
+# gigabyte, and its work fills any card.
+SLAB = 2**27
 
 
 def block(size: int) -> int:
@@ -105,19 +109,38 @@ def _exact_on_gpu(call: Call) -> bool:
     return call.v.is_cuda and call.v.dtype == torch.float32
 
 
-def walk_for(call: Call) -> Walk:
-    """The walk over states, and that over their gradients: V is cut where pairs are few."""
-    return WALK_FEW if _few(call) else WALK
+def walk_launch(call: Call, walks: int) -> Launch:
+    """How so many walks go, forward."""
+    full = chunk_block(call.sizes[3]) == 64 and (call.invariant or walks >= FULL_WALKS)
+    return WALK_FULL if full and _hopper(call.v) else WALK
 
 
-def _few(call: Call) -> bool:
-    # Sequences count unless the call must not depend on its batch.
-    return call.sizes[2] * (1 if call.invariant else call.sequences) < FEW_PAIRS
+def segment(call: Call) -> int:
+    """Tokens of the segments in which sequences are walked forward, a multiple of CHUNK."""
+    T, pairs = call.sizes[1], call.sequences * call.sizes[2]
+    count = 1
+    if not call.invariant and call.cu_seqlens is None and pairs <= SEGMENT_PAIRS:
+        count = max(1, min(SEGMENT_WALKS // pairs, T // SHORTEST_SEGMENT))
+    return -(-T // (count * CHUNK)) * CHUNK
 
 
-def gradients_part(v: torch.Tensor) -> int:
-    """How many channels of K the gradients are made of at a time."""
-    return GRADIENTS_PART_PAIRS if products(v) == "halves" else GRADIENTS_PART
+def prepare(K: int, how: str) -> Launch:
+    """The preparation of steps, backward: with 168 registers 12 warps share a multiprocessor, not
+    eight, but wide tiles and those of two numbers do not fit in so few."""
+    return Launch(warps=1, registers=168 if how == "half" and block(K) <= 64 else None)
+
+
+def rewalk(K: int, V: int) -> Launch:
+    """The walks over steps, backward: a warp has 16 rows of V. With 128 registers 16 warps share a
+    multiprocessor; wide states do not fit in so few."""
+    registers = 128 if max(block(K), block(V)) <= 64 else None
+    return Launch(warps=max(1, block(V) // 16), stages=3, registers=registers)
+
+
+def slab_chunks(chunks: int, width: int, K: int, V: int) -> int:
+    """How many chunks a slab of the backward pass has, where each is there `width` times."""
+    each = width * (CHUNK // STEP) * block(K) * block(V)
+    return min(chunks, max(1, SLAB // each))
 
 
 def token_rows(K: int, V: int) -> int:

@@ -1,4 +1,4 @@
-"""What the kernels share: where a tile's tokens lie, decays, operands of products, the inverse.
+"""What the kernels share: where a tile's tokens lie, decays, operands of products.
 
 Letters: S sequences, T time, H heads, K key size, V value size, C tokens in a chunk. Logarithms of
 decays are to base 2 in every kernel.
@@ -10,8 +10,6 @@ import triton.language as tl
 from rwkv7.wkv7.contract import DECAY_SCALE
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Where the largest element of a row of an fp16 operand is put: 28 bits below it stay exact.
-LIFT = tl.constexpr(16384.0)
 LOGIT_SCALE = tl.constexpr(DECAY_SCALE)
 
 
@@ -74,7 +72,9 @@ def log2_decay(w: tl.tensor, LOGIT: tl.constexpr):
     """The base-2 logarithm of the decay that w stands for, in fp32."""
     w = w.to(tl.float32)
     if LOGIT:
-        log = tl.full(w.shape, -LOGIT_SCALE * LOG2E, tl.float32) / (1.0 + tl.exp2(w * -LOG2E))
+        # The square of an inverse root: a quotient takes three more instructions.
+        root = tl.rsqrt(1.0 + tl.exp2(w * -LOG2E))
+        log = root * root * (-LOGIT_SCALE * LOG2E)
     else:
         log = w * LOG2E
     return log
@@ -96,14 +96,14 @@ def decay_gradient(gradient: tl.tensor, w: tl.tensor, LOGIT: tl.constexpr):
 
 
 @triton.jit
-def _high_part(x):
+def high_part(x: tl.tensor):
     """The upper half of an fp32 number: a bf16 number towards zero, without a conversion."""
     return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _low_part(x):
-    """What `_high_part` leaves, to 8 bits."""
+def low_part(x: tl.tensor):
+    """What `high_part` leaves, to 8 bits."""
     high = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
     return (x - high).to(tl.bfloat16)
 
@@ -120,20 +120,19 @@ def multiply(
     """acc + x·y in fp32; XT and YT take the transpose of x and of y.
 
     But for HOW "ieee" each operand is the sum of two bf16 numbers, 16 bits together with the range
-    of fp32 (a decayed factor spans 2^±28 within a chunk, a gradient may be 1e-8); a bf16 operand
-    is one of them already.
+    of fp32; a bf16 operand is one of them already.
     """
     if HOW != "ieee":
-        x_high = x if x.dtype == tl.bfloat16 else _high_part(x)
-        y_high = y if y.dtype == tl.bfloat16 else _high_part(y)
+        x_high = x if x.dtype == tl.bfloat16 else high_part(x)
+        y_high = y if y.dtype == tl.bfloat16 else high_part(y)
         x_high = tl.trans(x_high) if XT else x_high
         y_high = tl.trans(y_high) if YT else y_high
         acc = tl.dot(x_high, y_high, acc=acc)
         if x.dtype != tl.bfloat16:
-            x_low = _low_part(x)
+            x_low = low_part(x)
             acc = tl.dot(tl.trans(x_low) if XT else x_low, y_high, acc=acc)
         if y.dtype != tl.bfloat16:
-            y_low = _low_part(y)
+            y_low = low_part(y)
             acc = tl.dot(x_high, tl.trans(y_low) if YT else y_low, acc=acc)
     else:
         x = x.to(tl.float32)
@@ -142,45 +141,6 @@ def multiply(
         y = tl.trans(y) if YT else y
         acc = tl.dot(x, y, acc=acc, input_precision=HOW)
     return acc
-
-
-@triton.jit
-def factor(pointers: tl.tensor, mask: tl.tensor, HOW: tl.constexpr):
-    """A tile as an operand of `multiply`: bf16 values stay what they are, others become fp32."""
-    tile = tl.load(pointers, mask, other=0.0)
-    if HOW == "ieee" or tile.dtype != tl.bfloat16:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def lower_inverse(A: tl.tensor, C: tl.constexpr, HOW: tl.constexpr):
-    """(I - A)⁻¹ of a strictly lower triangular A [C, C], by blocks of 16.
-
-    The diagonal blocks are solved row by row in fp32; two solved blocks are joined by products.
-    Powers of A are never formed: they grow like binomials on a repeated key.
-    """
-    NB: tl.constexpr = C // 16
-    i = tl.arange(0, 16)
-    nb = tl.arange(0, NB)
-    same = nb[:, None, None, None] == nb[None, None, :, None]
-    D = tl.sum(tl.where(same, tl.reshape(A, [NB, 16, NB, 16]), 0.0), 2)
-    Dt = tl.permute(D, (0, 2, 1))
-    X = tl.zeros([NB, 16, 16], tl.float32)
-    X += tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None, :, :]
-    for n in range(1, 16):
-        row = tl.sum(tl.where((i == n)[None, None, :], Dt, 0.0), 2)
-        solved = tl.sum(row[:, :, None] * X, 1)
-        X += tl.where((i == n)[None, :, None], solved[:, None, :], 0.0)
-    X = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C])
-    rows = tl.arange(0, C)
-    for level in tl.static_range(3):
-        if (32 << level) <= C:
-            half = rows // (16 << level)
-            joins = (half[:, None] // 2 == half[None, :] // 2) & (half[:, None] != half[None, :])
-            none = tl.zeros([C, C], tl.float32)
-            X = multiply(multiply(X, tl.where(joins, A, 0.0), none, HOW), X, X, HOW)
-    return X
 
 
 @triton.jit
@@ -200,26 +160,6 @@ def tile_power(tile: tl.tensor):
 
 
 @triton.jit
-def leveled(tile: tl.tensor, HOW: tl.constexpr):
-    """(the tile in fp16 divided by one power of two, so that 28 bits below its largest element
-    stay exact; that power). With HOW "ieee" it stays fp32."""
-    tile = tile.to(tl.float32)
-    power = tile_power(tile) * (1.0 / LIFT)
-    tile *= 1.0 / power
-    if HOW != "ieee":
-        tile = tile.to(tl.float16)
-    return tile, power
-
-
-@triton.jit
-def store_power(tile: tl.tensor, scales: tl.tensor, HOW: tl.constexpr):
-    """Store the base-2 logarithms of what takes the rows of a tile to LIFT (zeros for "ieee")."""
-    power = row_powers(tile)
-    exponent = ((power.to(tl.int32, bitcast=True) >> 23) - (127 + 14)).to(tl.float32)
-    tl.store(scales, exponent * (0.0 if HOW == "ieee" else 1.0))
-
-
-@triton.jit
 def split_hat(tile: tl.tensor, HOW: tl.constexpr):
     """An operand of `hat_dot`: the tile in fp16 and, for "halves", what rounding left."""
     high = tile
@@ -230,15 +170,6 @@ def split_hat(tile: tl.tensor, HOW: tl.constexpr):
     if HOW == "halves":
         low = (tile - high.to(tl.float32)).to(tl.float16)
     return high, low
-
-
-@triton.jit
-def hat_values(high: tl.tensor, low: tl.tensor, HOW: tl.constexpr):
-    """What an operand from `split_hat` stands for, as it was rounded."""
-    value = high.to(tl.float32)
-    if HOW == "halves":
-        value += low.to(tl.float32)
-    return value
 
 
 @triton.jit
@@ -279,68 +210,9 @@ def narrow(tile: tl.tensor, HOW: tl.constexpr):
 
 
 @triton.jit
-def halved(tile: tl.tensor, HOW: tl.constexpr):
-    """(the tile in fp16, each row divided by a power of two; that power [rows]).
-
-    For products whose rows carry the scale. With HOW "ieee": (the tile, ones).
-    """
-    if HOW != "ieee":
-        power = row_powers(tile)
-        tile = (tile * (1.0 / power)[:, None]).to(tl.float16)
-    else:
-        power = tl.full([tile.shape[0]], 1.0, tl.float32)
-    return tile, power
-
-
-@triton.jit
-def evened(tile: tl.tensor, powers: tl.tensor, HOW: tl.constexpr):
-    """A tile with a power of two a row, on one power for all: for products that sum over rows."""
-    power = tl.max(powers, 0)
-    if HOW != "ieee":
-        tile *= (powers / power).to(tl.float16)[:, None]
-    return tile, power
-
-
-@triton.jit
-def load_powers(scales: tl.tensor, rows: tl.tensor, HOW: tl.constexpr):
-    """The powers of two that `store_scaled` kept (ones where it keeps none)."""
-    if HOW != "ieee":
-        powers = tl.load(scales, rows, other=1.0)
-    else:
-        powers = tl.full(rows.shape, 1.0, tl.float32)
-    return powers
-
-
-@triton.jit
-def store_scaled(
-    tile: tl.tensor, pointers: tl.tensor, mask: tl.tensor, scales: tl.tensor, rows: tl.tensor
-):
-    """Store a tile in the dtype of `pointers`, each row divided by a power of two kept at `scales`.
-
-    fp16 then neither overflows nor vanishes, whatever the size of v or of dy. fp32 needs none.
-    """
-    if pointers.dtype.element_ty == tl.float32:
-        tl.store(pointers, tile, mask)
-    else:
-        power = row_powers(tile)
-        tl.store(scales, power, rows)
-        tl.store(pointers, (tile * (1.0 / power)[:, None]).to(tl.float16), mask)
-
-
-@triton.jit
 def load_scaled(pointers: tl.tensor, mask: tl.tensor, scales: tl.tensor, rows: tl.tensor):
-    """What `store_scaled` stored, in fp32."""
+    """A tile in fp32 that was stored so, or in fp16 with a power of two a row at `scales`."""
     tile = tl.load(pointers, mask, other=0.0).to(tl.float32)
     if pointers.dtype.element_ty != tl.float32:
         tile = tile * tl.load(scales, rows, other=0.0)[:, None]
-    return tile
-
-
-@triton.jit
-def load_transposed(pointer: tl.tensor, scales: tl.tensor, C: tl.constexpr, HOW: tl.constexpr):
-    """The transpose of a [C, C] tile that `store_scaled` stored, in fp32."""
-    t = tl.arange(0, C)
-    tile = tl.load(pointer + t[None, :] * C + t[:, None]).to(tl.float32)
-    if HOW != "ieee":
-        tile = tile * tl.load(scales + t)[None, :]
     return tile

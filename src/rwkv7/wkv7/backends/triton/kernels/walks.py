@@ -1,55 +1,58 @@
-"""The two walks over a sequence's chunks: the state forward, its gradient backward.
+"""The walk over a sequence's steps of 16 tokens, and over its segments where pairs are few.
 
-One program walks one sequence of one head with a block of the state's rows [BV, K] in registers.
-What a chunk does was prepared by maps.py. With OUT the walk also makes what the chunk gives out, y
-or dv; else the walk is as short as can be, and `chunk_outputs` makes that for all chunks at once.
+One program walks a block of the state's rows [BV, K] of one (sequence, head) in registers, and
+reads of a step what `step_images` prepared. A segment of a sequence takes a state S to S·M + B:
+`segment_maps` walks M from the identity and B from zero, `chain_segments` passes the state on, and
+then all segments are walked at once.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import (
-    factor,
-    first_chunk,
-    load_scaled,
-    load_transposed,
-    multiply,
-    row_powers,
-    sequence_bounds,
-)
+from .images import load_parts
+from .tiles import first_chunk, hat_dot, multiply, row_powers, sequence_bounds, split_hat
 
 
 @triton.jit
-def walk_product(
-    S: tl.tensor,
-    half: tl.tensor,
-    power: tl.tensor,
-    M: tl.tensor,
-    HOW: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """S·M, or S·Mᵀ: of S as `halved` gives it where M is fp16, of S itself where M is fp32.
-
-    S·D + S·M is smaller than either where a chunk forgets much, so for fp16 inputs, held to finer
-    bounds than bf16 ones, M is kept in fp32.
-    """
-    if M.dtype == tl.float32:
-        product = multiply(S, M, tl.zeros(S.shape, tl.float32), HOW, YT=TRANSPOSED)
+def _scaled_state(S, HOW: tl.constexpr):
+    """(The powers of two of a state's rows, the state without them as an operand.)"""
+    if HOW == "ieee":
+        power = tl.full([S.shape[0]], 1.0, tl.float32)
+        half, low = split_hat(S, HOW)
     else:
-        product = tl.dot(half, tl.trans(M) if TRANSPOSED else M) * power[:, None]
-    return product
+        power = row_powers(S)
+        half, low = split_hat(S * (1.0 / power)[:, None], HOW)
+    return power, half, low
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def walk_states(
-    ends_ptr: tl.tensor,
-    move_ptr: tl.tensor,
-    query_ptr: tl.tensor,
-    direct_ptr: tl.tensor,
+@triton.jit
+def _value_dot(v, x, x_low, acc, HOW: tl.constexpr):
+    """acc + v·x, x in two numbers of the dtype of v: v needs no scale then."""
+    if HOW == "ieee":
+        acc = tl.dot(v.to(tl.float32), x, acc=acc, input_precision="ieee")
+    else:
+        acc = tl.dot(v, x, acc=acc)
+        acc = tl.dot(v, x_low, acc=acc)
+    return acc
+
+
+@triton.jit
+def _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW: tl.constexpr):
+    """S·D + v·R + U·B, where U lacks the powers of the rows."""
+    U, U_low = split_hat(U, HOW)
+    S = _value_dot(v, R, R_low, S * D[None, :], HOW)
+    return S + hat_dot(U, U_low, B, B_low, tl.zeros(S.shape, tl.float32), HOW) * power[:, None]
+
+
+@triton.jit(do_not_specialize=["given", "T", "H", "span"])
+def walk_segments(
+    tiles_ptr: tl.tensor,
     write_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
+    direct_ptr: tl.tensor,
+    words_ptr: tl.tensor,
     v_ptr: tl.tensor,
     state_ptr: tl.tensor,
+    given: tl.tensor,
     y_ptr: tl.tensor,
     final_ptr: tl.tensor,
     states_ptr: tl.tensor,
@@ -57,165 +60,181 @@ def walk_states(
     cu: tl.tensor,
     T: tl.tensor,
     H: tl.tensor,
+    span: tl.tensor,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     PACKED: tl.constexpr,
-    GIVEN: tl.constexpr,
     SAVE: tl.constexpr,
-    OUT: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """The final state, and y with OUT; with SAVE the state before every chunk, states [n, H, V, K]
-    and the powers of two of its rows, states_scale [n, H, V]."""
-    pair = tl.program_id(0)
+    """y [B·T, H, V] and the final state; with SAVE also the state before every chunk, in states
+    [n, H, V, K], and the powers of two of its rows, states_scale [n, H, V].
+
+    Programs: (sequence, head) and, next to each other as they read the same, block of V; segment
+    of `span` tokens, a multiple of C. state: that before every segment, [pairs, segments, V, K],
+    zeros unless `given`.
+    """
+    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    pair = tl.program_id(0) // BLOCKS
+    segment = tl.program_id(1)
     s = pair // H
     h = pair % H
-    t = tl.arange(0, C)
+    start, tokens = sequence_bounds(s, cu, T, PACKED)
+    if (segment > 0) & (segment * span >= tokens):
+        return
+    last = (segment + 1) * span >= tokens
+    chunk = first_chunk(s, cu, T, C, PACKED).to(tl.int64) + segment * span // C
+    start += segment * span
+    tokens = tl.minimum(tokens - segment * span, span)
+    PARTS: tl.constexpr = 2 if HOW == "halves" else 1
+    VALUE_PARTS: tl.constexpr = 1 if HOW == "ieee" else 2
+    AREA: tl.constexpr = 16 * BK
+    STEPS: tl.constexpr = C // 16
+    t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
-    vc = tl.program_id(1) * BV + tl.arange(0, BV)
-    k1 = kc < K
+    vc = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
     v1 = vc < V
     square = vc[:, None] * K + kc[None, :]
-    inside = v1[:, None] & k1[None, :]
-    start, tokens = sequence_bounds(s, cu, T, PACKED)
-    chunk = first_chunk(s, cu, T, C, PACKED).to(tl.int64)
-    S = tl.zeros([BV, BK], tl.float32)
-    if GIVEN:
-        S = tl.load(state_ptr + pair.to(tl.int64) * (V * K) + square, inside, other=0.0)
-    for n in range(tl.cdiv(tokens, C)):
-        index = (chunk + n) * H + h
-        scale = scale_ptr + index * (7 * C) + t
-        M = tl.load(
-            move_ptr + index * (K * K) + kc[:, None] * K + kc[None, :],
-            k1[:, None] & k1[None, :],
-            other=0.0,
-        )
-        ck = index * (C * K) + (t[:, None] * K + kc[None, :])
-        in_ck = (t < C)[:, None] & k1[None, :]
-        R = tl.load(write_ptr + ck, in_ck, other=0.0).to(tl.float32)
-        at_v = ((start + n * C) * H + h) * V + (t * (H * V))[:, None] + vc[None, :]
-        vv = (n * C + t < tokens)[:, None] & v1[None, :]
-        v = factor(v_ptr + at_v, vv, HOW)
-        if OUT:
-            Q = tl.load(query_ptr + ck, in_ck, other=0.0)
-            cc = index * (C * C) + (t[:, None] * C + t[None, :])
-            G = load_scaled(direct_ptr + cc, (t[:, None] < C) & (t[None, :] < C), scale + C, t < C)
-            Y = multiply(G, v, tl.zeros([C, BV], tl.float32), HOW)
-        B = multiply(v, R, tl.zeros([BV, BK], tl.float32), HOW, XT=True)
-        D = tl.load(ends_ptr + index * (2 * K) + kc, k1, other=0.0)
-        D *= tl.load(ends_ptr + index * (2 * K) + K + kc, k1, other=0.0)
-        kept = states_ptr + index * (V * K) + square
-        if HOW != "ieee":
-            power = row_powers(S)
-            half = (S * (1.0 / power)[:, None]).to(tl.float16)
-            if SAVE:
-                tl.store(states_scale + index * V + vc, power, v1)
-                tl.store(kept, half, inside)
-            S_M = walk_product(S, half, power, M, HOW, False)
-            S = S * D[None, :] + B + S_M
-            if OUT:
-                rows = tl.load(scale, t < C, other=0.0)
-                Y += tl.dot(Q, tl.trans(half)) * rows[:, None] * power[None, :]
-        else:
-            if SAVE:
-                tl.store(kept, S, inside)
-            if OUT:
-                Y = tl.dot(Q, tl.trans(S), acc=Y, input_precision=HOW)
-            S = tl.dot(S, M, acc=S * D[None, :] + B, input_precision=HOW)
-        if OUT:
-            tl.store(y_ptr + at_v, Y.to(y_ptr.dtype.element_ty), vv)
-    tl.store(final_ptr + pair.to(tl.int64) * (V * K) + square, S, inside)
+    inside = v1[:, None] & (kc < K)[None, :]
+    before = pair.to(tl.int64) * tl.num_programs(1) + segment
+    S = tl.load(state_ptr + before * (V * K) + square, inside & (given != 0), other=0.0)
+    tile = t[:, None] * BK + kc[None, :]
+    two_tiles = tl.arange(0, 32)[:, None] * BK + kc[None, :]
+    small = t[:, None] * 16 + t[None, :]
+    at_v = (t * (H * V))[:, None] + vc[None, :]
+    steps = tl.cdiv(tokens, 16)
+    image = chunk * STEPS * H + h
+    # What no product reads Triton's pipeline leaves where it is, so it is asked for a step ahead;
+    # the power at 16 places, for the compiler waits at once for what is the same in all threads.
+    words_ptr += image * (BK + 16)
+    D_next = tl.load(words_ptr + kc, (kc < BK) & (steps > 0), other=0.0)
+    power_next = tl.load(words_ptr + BK + vc % 16, (vc >= 0) & (steps > 0), other=0.0)
+    for n in range(steps):
+        index = image + n * H
+        tiles = tiles_ptr + index * (3 * PARTS * AREA)
+        write = write_ptr + index * (VALUE_PARTS * AREA) + tile
+        direct = direct_ptr + index * (VALUE_PARTS * 256) + small
+        WQ, WQ_low = load_parts(tiles + two_tiles, 2 * AREA, PARTS)
+        B, B_low = load_parts(tiles + 2 * PARTS * AREA + tile, AREA, PARTS)
+        R, R_low = load_parts(write, AREA, VALUE_PARTS)
+        G, G_low = load_parts(direct, 256, VALUE_PARTS)
+        D, r_power = D_next, power_next
+        words_ptr += H * (BK + 16)
+        D_next = tl.load(words_ptr + kc, (kc < BK) & (n + 1 < steps), other=0.0)
+        power_next = tl.load(words_ptr + BK + vc % 16, (vc >= 0) & (n + 1 < steps), other=0.0)
+        at = ((start + n * 16) * H + h) * V
+        vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
+        v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
+        power, half, low = _scaled_state(S, HOW)
+        if SAVE:
+            where = (chunk + n // STEPS) * H + h
+            kept = (n % STEPS == 0) & inside
+            tl.store(states_ptr + where * (V * K) + square, half, kept)
+            if HOW != "ieee":
+                tl.store(states_scale + where * V + vc, power, (n % STEPS == 0) & v1)
+        both = tl.zeros([BV, 32], tl.float32)
+        both = hat_dot(half, low, tl.trans(WQ), tl.trans(WQ_low), both, HOW)
+        U, Y = tl.split(tl.permute(tl.reshape(both, [BV, 2, 16]), (0, 2, 1)))
+        Y = _value_dot(v, tl.trans(G), tl.trans(G_low), Y * power[:, None], HOW)
+        Y *= r_power[:, None]
+        S = _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW)
+        tl.store(y_ptr + at + at_v, tl.trans(Y).to(y_ptr.dtype.element_ty), vv)
+    tl.store(final_ptr + pair.to(tl.int64) * (V * K) + square, S, inside & last)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
-def walk_states_back(
-    ends_ptr: tl.tensor,
-    move_ptr: tl.tensor,
-    query_ptr: tl.tensor,
-    direct_ptr: tl.tensor,
+@triton.jit(do_not_specialize=["T", "H", "span"])
+def segment_maps(
+    tiles_ptr: tl.tensor,
     write_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    dy_ptr: tl.tensor,
-    dfinal_ptr: tl.tensor,
-    dstates_ptr: tl.tensor,
-    dstates_scale: tl.tensor,
-    dstate_ptr: tl.tensor,
-    dv_ptr: tl.tensor,
-    cu: tl.tensor,
+    words_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    maps_ptr: tl.tensor,
     T: tl.tensor,
     H: tl.tensor,
+    span: tl.tensor,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """maps [pairs, segments, BK + V, BK]: M, then B, of every segment but a sequence's last.
+
+    Programs: (sequence, head) and block of those rows; segment of `span` tokens, a multiple of C.
+    """
+    BLOCKS: tl.constexpr = BK // BV + (V + BV - 1) // BV
+    pair = tl.program_id(0) // BLOCKS
+    segment = tl.program_id(1)
+    h = pair % H
+    PARTS: tl.constexpr = 2 if HOW == "halves" else 1
+    VALUE_PARTS: tl.constexpr = 1 if HOW == "ieee" else 2
+    AREA: tl.constexpr = 16 * BK
+    t = tl.arange(0, 16)
+    kc = tl.arange(0, BK)
+    row = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
+    vc = row - BK
+    vv = (t < 16)[:, None] & ((vc >= 0) & (vc < V))[None, :]
+    at_v = (t * (H * V))[:, None] + vc[None, :]
+    tile = t[:, None] * BK + kc[None, :]
+    S = tl.where(row[:, None] == kc[None, :], 1.0, 0.0)
+    start = (pair // H).to(tl.int64) * T + segment * span
+    chunk = (pair // H).to(tl.int64) * tl.cdiv(T, C) + segment * span // C
+    image = chunk * (C // 16) * H + h
+    steps = span // 16
+    words_ptr += image * (BK + 16)
+    D_next = tl.load(words_ptr + kc)
+    for n in range(steps):
+        index = image + n * H
+        tiles = tiles_ptr + index * (3 * PARTS * AREA) + tile
+        write = write_ptr + index * (VALUE_PARTS * AREA) + tile
+        W, W_low = load_parts(tiles, 2 * AREA, PARTS)
+        B, B_low = load_parts(tiles + 2 * PARTS * AREA, AREA, PARTS)
+        R, R_low = load_parts(write, AREA, VALUE_PARTS)
+        D = D_next
+        words_ptr += H * (BK + 16)
+        D_next = tl.load(words_ptr + kc, (kc < BK) & (n + 1 < steps), other=0.0)
+        at = ((start + n * 16) * H + h) * V
+        v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
+        power, half, low = _scaled_state(S, HOW)
+        U = tl.zeros([BV, 16], tl.float32)
+        U = hat_dot(half, low, tl.trans(W), tl.trans(W_low), U, HOW)
+        S = _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW)
+    at = (pair.to(tl.int64) * (tl.num_programs(1) + 1) + segment) * ((BK + V) * BK)
+    tl.store(maps_ptr + at + row[:, None] * BK + kc[None, :], S, (row < BK + V)[:, None])
+
+
+@triton.jit(do_not_specialize=["given", "segments"])
+def chain_segments(
+    maps_ptr: tl.tensor,
+    state_ptr: tl.tensor,
+    given: tl.tensor,
+    states_ptr: tl.tensor,
+    segments: tl.tensor,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    C: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_DY: tl.constexpr,
-    HAS_DFINAL: tl.constexpr,
-    OUT: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """The gradient of the state after every chunk, dstates [n, H, V, K] with dstates_scale
-    [n, H, V], and of the initial one; with OUT also dv [B·T, H, V]."""
-    pair = tl.program_id(0)
-    s = pair // H
-    h = pair % H
-    t = tl.arange(0, C)
+    """The state before every segment, states [pairs, segments, V, K], from maps as above."""
+    pair = tl.program_id(0).to(tl.int64)
     kc = tl.arange(0, BK)
     vc = tl.program_id(1) * BV + tl.arange(0, BV)
-    k1 = kc < K
-    v1 = vc < V
+    v1 = (vc < V)[:, None]
+    inside = v1 & (kc < K)[None, :]
     square = vc[:, None] * K + kc[None, :]
-    inside = v1[:, None] & k1[None, :]
-    start, tokens = sequence_bounds(s, cu, T, PACKED)
-    chunk = first_chunk(s, cu, T, C, PACKED).to(tl.int64)
-    chunks = tl.cdiv(tokens, C)
-    E = tl.zeros([BV, BK], tl.float32)
-    if HAS_DFINAL:
-        E = tl.load(dfinal_ptr + pair.to(tl.int64) * (V * K) + square, inside, other=0.0)
-    for step in range(chunks):
-        n = chunks - 1 - step
-        index = (chunk + n) * H + h
-        M = tl.load(
-            move_ptr + index * (K * K) + kc[:, None] * K + kc[None, :],
-            k1[:, None] & k1[None, :],
-            other=0.0,
-        )
-        D = tl.load(ends_ptr + index * (2 * K) + kc, k1, other=0.0)
-        D *= tl.load(ends_ptr + index * (2 * K) + K + kc, k1, other=0.0)
-        F = E * D[None, :]
-        ck = index * (C * K) + (t[:, None] * K + kc[None, :])
-        in_ck = (t < C)[:, None] & k1[None, :]
-        at_v = ((start + n * C) * H + h) * V + (t * (H * V))[:, None] + vc[None, :]
-        vv = (n * C + t < tokens)[:, None] & v1[None, :]
-        if OUT:
-            R = tl.load(write_ptr + ck, in_ck, other=0.0)
-            dv = tl.zeros([C, BV], tl.float32)
-        if HAS_DY:
-            scale = scale_ptr + index * (7 * C)
-            Q = load_scaled(query_ptr + ck, in_ck, scale + t, t < C)
-            dy = factor(dy_ptr + at_v, vv, HOW)
-            if OUT:
-                G = load_transposed(direct_ptr + index * (C * C), scale + C, C, HOW)
-                dv = multiply(G, dy, dv, HOW)
-            F = multiply(dy, Q, F, HOW, XT=True)
-        kept = dstates_ptr + index * (V * K) + square
-        if HOW != "ieee":
-            power = row_powers(E)
-            half = (E * (1.0 / power)[:, None]).to(tl.float16)
-            tl.store(dstates_scale + index * V + vc, power, v1)
-            tl.store(kept, half, inside)
-            if OUT:
-                dv += tl.dot(R, tl.trans(half)) * power[None, :]
-            E = F + walk_product(E, half, power, M, HOW, True)
-        else:
-            tl.store(kept, E, inside)
-            if OUT:
-                dv = tl.dot(R, tl.trans(E), acc=dv, input_precision=HOW)
-            E = tl.dot(E, tl.trans(M), acc=F, input_precision=HOW)
-        if OUT:
-            tl.store(dv_ptr + at_v, dv.to(dv_ptr.dtype.element_ty), vv)
-    tl.store(dstate_ptr + pair.to(tl.int64) * (V * K) + square, E, inside)
+    S = tl.load(state_ptr + pair * (V * K) + square, inside & (given != 0), other=0.0)
+    states_ptr += pair * segments * (V * K)
+    maps_ptr += pair * segments * ((BK + V) * BK)
+    tl.store(states_ptr + square, S, inside)
+    for _n in range(1, segments):
+        M = tl.load(maps_ptr + kc[:, None] * BK + kc[None, :])
+        B = tl.load(maps_ptr + (BK + vc)[:, None] * BK + kc[None, :], v1, other=0.0)
+        S = multiply(S, M, B, HOW)
+        maps_ptr += (BK + V) * BK
+        states_ptr += V * K
+        tl.store(states_ptr + square, S, inside)

@@ -1,0 +1,101 @@
+"""Launching the forward kernels that go in steps of 16 tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rwkv7.wkv7.contract import Call
+
+from .kernels.images import step_images
+from .kernels.walks import chain_segments, segment_maps, walk_segments
+from .plan import (
+    CHAIN,
+    CHUNK,
+    IMAGES,
+    STEP,
+    WALK,
+    WALK_ROWS,
+    chunk_block,
+    products,
+    segment,
+    walk_launch,
+)
+from .saved import Saved, chunk_count, operand_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What the walk reads of every step of 16 tokens, as kernels/images.py names it."""
+
+    tiles: Tensor
+    write: Tensor
+    direct: Tensor
+    words: Tensor
+
+    @classmethod
+    def empty(cls, call: Call) -> Images:
+        """Memory for all steps of a call."""
+        how, v = products(call.v), call.v
+        n, BK = chunk_count(call) * (CHUNK // STEP) * call.sizes[2], chunk_block(call.sizes[3])
+        narrow, value = operand_dtype(call), torch.float32 if how == "ieee" else v.dtype
+        parts, value_parts = 2 if how == "halves" else 1, 1 if how == "ieee" else 2
+        return cls(
+            v.new_empty((n, 3 * parts, STEP, BK), dtype=narrow),
+            v.new_empty((n, value_parts, STEP, BK), dtype=value),
+            v.new_empty((n, value_parts, STEP, STEP), dtype=value),
+            v.new_empty((n, BK + STEP), dtype=torch.float32),
+        )
+
+
+def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
+    """y and the final state; `saved` receives the state before every chunk."""
+    _, T, H, K, V = call.sizes
+    S, packed = call.sequences, call.cu_seqlens is not None
+    y = torch.empty_like(call.v)
+    final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
+    images = Images.empty(call)
+    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": products(call.v)}
+    step_images[(chunk_count(call) * (CHUNK // STEP) * H,)](
+        call.r, call.w, call.k, call.a, call.b,
+        images.tiles, images.write, images.direct, images.words,
+        call.cu_seqlens, S, T, H, **sizes, LOGIT=call.decay == "logit",
+        **IMAGES.options(),
+    )  # fmt: skip
+    span = segment(call)
+    segments, state = 1 if packed else -(-T // span), call.state
+    if segments > 1:
+        state = _segment_states(call, images, span)
+    walks = S * H * -(-V // WALK_ROWS)
+    walk_segments[(walks, segments)](
+        images.tiles, images.write, images.direct, images.words, call.v,
+        *_given(state, final), y, final, saved and saved.states, saved and saved.states_scale,
+        call.cu_seqlens, T, H, span, **sizes, V=V, BV=WALK_ROWS, SAVE=saved is not None,
+        **walk_launch(call, walks * segments).options(),
+    )  # fmt: skip
+    return y, final
+
+
+def _segment_states(call: Call, images: Images, span: int) -> Tensor:
+    """The state before every segment, fp32 [pairs, segments, V, K]."""
+    _, T, H, K, V = call.sizes
+    pairs, segments, BK, BV = call.sequences * H, -(-T // span), chunk_block(K), WALK_ROWS
+    maps = call.v.new_empty((pairs, segments, BK + V, BK), dtype=torch.float32)
+    states = call.v.new_empty((pairs, segments, V, K), dtype=torch.float32)
+    sizes = {"K": K, "V": V, "BK": BK, "BV": BV, "HOW": products(call.v)}
+    segment_maps[(pairs * (BK // BV + -(-V // BV)), segments - 1)](
+        images.tiles, images.write, images.words, call.v, maps, T, H, span,
+        **sizes, C=CHUNK, **WALK.options(),
+    )  # fmt: skip
+    chain_segments[(pairs, -(-V // BV))](
+        maps, *_given(call.state, states), states, segments, **sizes, **CHAIN.options(),
+    )  # fmt: skip
+    return states
+
+
+def _given(state: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """A state, or another tensor in its place, and whether it is one: so one compiled kernel serves
+    calls with and without."""
+    return (other, 0) if state is None else (state, 1)
