@@ -11,6 +11,10 @@ import torch
 from triton_interpreter import load
 from wkv7.cases import FEW_CHANNELS, Case, Place, failures
 
+from rwkv7.benchmark.sample import Judge, Sample, Shape
+from rwkv7.wkv7 import wkv7
+from rwkv7.wkv7.tolerance import RESULTS
+
 load(
     "rwkv7.wkv7.backends.triton.kernels",
     *("tokens", "images", "walks", "prepare", "back_walks", "gradients"),
@@ -72,6 +76,19 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("rounding")
 def test_within_the_bounds(case: Case, dtype: torch.dtype) -> None:
     assert not failures(case, Place("triton"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.usefixtures("rounding")
+def test_a_key_repeated_for_long(dtype: torch.dtype) -> None:
+    """With hardly any decay the state's gradient grows, and little of it arrives at v."""
+    sample = Sample(Shape(1, 256, 1, 64), dtype, torch.device("cpu"), repeated_key=True)
+    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)]
+    y, final = wkv7(*leaves, backend="triton")
+    gradients = torch.autograd.grad((y, final), leaves, (sample.dy, sample.dfinal))
+    found = dict(zip(RESULTS, (y, final, *gradients), strict=True))
+    errors, ok = Judge(sample).errors({n: x.detach() for n, x in found.items()}, "logit")
+    assert ok, errors
 
 
 @pytest.mark.usefixtures("rounding")

@@ -35,7 +35,7 @@ STEPS = CHUNK // STEP
 @dataclass(frozen=True, slots=True)
 class _Slab:
     """What the kernels of a slab of m steps tell each other, as kernels/prepare.py and
-    kernels/back_walks.py name it; (d)states_scale [m, H] belongs to (d)states [m, H, V, K]."""
+    kernels/back_walks.py name it; (d)states_scale [m, H] belongs to (d)states."""
 
     hats: Tensor
     through: Tensor
@@ -55,17 +55,17 @@ class _Slab:
         parts = 2 if products(call.v) == "halves" else 1
         narrow, wide = operand_dtype(call), torch.float32
         shapes = (
-            ((4, STEP, K), narrow),
+            ((5, STEP, K), narrow),
             ((2, parts, STEP, K), narrow),
             ((2, parts, STEP, STEP), narrow),
-            ((2, STEP, STEP), narrow),
+            ((2, parts, STEP, STEP), narrow),
             ((2, K), wide),
             ((2,), wide),
             ((V, K), narrow),
             ((), wide),
-            ((V, K), narrow),
+            ((parts, V, K), narrow),
             ((), wide),
-            ((2, STEP, V), narrow),
+            ((1 + parts, STEP, V), narrow),
         )
         return cls(*(call.v.new_empty((steps, H, *s), dtype=dtype) for s, dtype in shapes))
 

@@ -43,7 +43,8 @@ def rewalk_steps(
     HOW: tl.constexpr,
 ):
     """states [m, H, V, K]: S' or E' of every step of a slab; states_scale [m, H], the power of two
-    taken out of it; moved [m, H, 2, 16, V]: U or Z, divided by the same.
+    taken out of it; moved [m, H, 2, 16, V]: U or Z, divided by the same. For "halves" E' and Z are
+    two numbers each, [m, H, 2, V, K] and [m, H, 3, 16, V].
 
     Forward a program walks one chunk from its saved state, begin [n, H, V, K] and begin_scale; back
     one sequence, from begin [S, H, V, K], which is then what E was before the slab."""
@@ -78,6 +79,7 @@ def rewalk_steps(
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K
     SIDE: tl.constexpr = 1 if BACK else 0
+    KEPT: tl.constexpr = PARTS if BACK else 1
     tile = t[:, None] * K + kc[None, :]
     in_tile = (t < 16)[:, None] & k1[None, :]
     small = t[:, None] * 16 + t[None, :]
@@ -110,7 +112,7 @@ def rewalk_steps(
         W_low = W
         if PARTS == 2:
             W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
-        second = tl.load(hats_ptr + index * (4 * AREA) + (0 if BACK else AREA), in_tile, other=0.0)
+        second = tl.load(hats_ptr + index * (5 * AREA) + (0 if BACK else AREA), in_tile, other=0.0)
         unit = 1.0
         if HOW != "ieee":
             unit = tile_power(S)
@@ -119,7 +121,7 @@ def rewalk_steps(
             vv = (n * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_x = tl.load(x_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
             first = tl.load(
-                hats_ptr + index * (4 * AREA) + (3 if BACK else 2) * AREA, in_tile, other=0.0
+                hats_ptr + index * (5 * AREA) + (3 if BACK else 2) * AREA, in_tile, other=0.0
             )
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
             if HOW != "ieee":
@@ -128,7 +130,9 @@ def rewalk_steps(
         S *= 1.0 / unit
         half, half_low = split_hat(S, HOW)
         tl.store(states_scale + index, unit)
-        tl.store(states_ptr + index * (V * K) + square, half, inside)
+        tl.store(states_ptr + index * (KEPT * V * K) + square, half, inside)
+        if KEPT == 2:
+            tl.store(states_ptr + index * (KEPT * V * K) + V * K + square, half_low, inside)
         U = tl.zeros([BV, 16], tl.float32)
         U = hat_dot(half, half_low, tl.trans(W), tl.trans(W_low), U, HOW)
         if GIVEN:
@@ -137,9 +141,12 @@ def rewalk_steps(
                 D = tl.load(direct_ptr + index * (2 * PARTS * 256) + 256)
                 U = tl.dot(xt, tl.trans(D), acc=U)
             S = tl.dot(xt, first, acc=S, input_precision="ieee")
-        U = narrow(U, HOW)
+        at_moved = moved_ptr + index * ((1 + PARTS) * 16 * V) + moved
+        U, U_low = split_hat(U, HOW)
         S = tl.dot(U, second, acc=S, input_precision="ieee")
-        tl.store(moved_ptr + index * (32 * V) + moved, tl.trans(U), in_moved)
+        tl.store(at_moved, tl.trans(U), in_moved)
+        if KEPT == 2:
+            tl.store(at_moved + 16 * V, tl.trans(U_low), in_moved)
         S *= (leave * unit)[None, :]
         hat_unit = next_unit
         if GIVEN:

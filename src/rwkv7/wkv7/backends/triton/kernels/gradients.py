@@ -88,23 +88,26 @@ def step_gradients(
     vv = (t < tokens)[:, None] & v1[None, :]
     first = start * H + h
     index = tl.program_id(0).to(tl.int64)
+    PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     at_v = first * V + ((t * (H * V))[:, None] + vc[None, :])
-    moved_ptr += index * (32 * V) + (t[:, None] * V + vc[None, :])
+    moved_ptr += index * ((1 + PARTS) * 16 * V) + (t[:, None] * V + vc[None, :])
     in_moved = (t < 16)[:, None] & v1[None, :]
     states_ptr += index * (V * K) + vc[:, None] * K
-    dstates_ptr += index * (V * K) + vc[:, None] * K
-    hats_ptr += index * (64 * K)
+    dstates_ptr += index * (PARTS * V * K) + vc[:, None] * K
+    hats_ptr += index * (80 * K)
 
-    # dv
+    # dv, where a repeated key makes little of much: what κ, E and the scores lose would be seen.
     k_all = tl.arange(0, BK)
     E_all = tl.load(dstates_ptr + k_all[None, :], v1[:, None] & (k_all < K)[None, :], other=0.0)
     keys = hats_ptr + 32 * K + (t[:, None] * K + k_all[None, :])
-    keys = tl.load(keys, (t < 16)[:, None] & (k_all < K)[None, :], other=0.0)
-    scores = scores_ptr + index * 512 + (t[:, None] * 16 + t[None, :])
+    in_keys = (t < 16)[:, None] & (k_all < K)[None, :]
+    keys_low = tl.load(keys + 32 * K, in_keys, other=0.0)
+    keys = tl.load(keys, in_keys, other=0.0)
+    scores = scores_ptr + index * (PARTS * 512) + (t[:, None] * 16 + t[None, :])
     A = tl.load(scores)
     Z = tl.load(moved_ptr + 16 * V, in_moved, other=0.0)
     if HAS_DY:
-        A_r = tl.load(scores + 256)
+        A_r = tl.load(scores + PARTS * 256)
         dy = tl.load(dy_ptr + at_v, vv, other=0.0)
     U = tl.load(moved_ptr, in_moved, other=0.0)
     v = tl.load(v_ptr + at_v, vv, other=0.0)
@@ -113,6 +116,14 @@ def step_gradients(
     k_unit = tl.load(units_ptr + index * 2)
     r_unit = tl.load(units_ptr + index * 2 + 1)
     dv = _dot(keys, tl.trans(E_all), tl.zeros([16, BV], tl.float32))
+    if HOW != "ieee":
+        dv = _dot(keys_low, tl.trans(E_all), dv)
+    if PARTS == 2:
+        in_E = v1[:, None] & (k_all < K)[None, :]
+        E_low = tl.load(dstates_ptr + V * K + k_all[None, :], in_E, other=0.0)
+        dv = _dot(keys, tl.trans(E_low), dv)
+        dv = _dot(tl.load(scores + 256), Z, dv)
+        dv = _dot(A, tl.load(moved_ptr + 32 * V, in_moved, other=0.0), dv)
     dv = _dot(A, Z, dv)
     y_unit = q_unit
     if HAS_DY:

@@ -59,10 +59,11 @@ def prepare_steps(
     PACKED: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """For m steps of a slab: hats [m, H, 4, 16, K] = α, β, κ, ρ; through [m, H, 2, 16, K] = W, W_b
-    and direct [m, H, 2, 16, 16] = N, Pᵀ (for "halves" two numbers each); scores [m, H, 2, 16, 16],
-    κ·αᵀ and κ·ρᵀ of a key with later tokens; ends [m, H, 2, K], the decays from the step's start to
-    its middle and from there to its end; units [m, H, 2], the powers of two out of κ and ρ."""
+    """For m steps of a slab: hats [m, H, 5, 16, K] = α, β, κ, ρ, and what rounding left of κ;
+    through [m, H, 2, 16, K] = W, W_b and direct [m, H, 2, 16, 16] = N, Pᵀ; scores
+    [m, H, 2, 16, 16], κ·αᵀ and κ·ρᵀ of a key with later tokens (for "halves" two numbers each of
+    W, W_b, N, Pᵀ and κ·αᵀ); ends [m, H, 2, K], the decays from the step's start to its middle and
+    from there to its end; units [m, H, 2], the powers of two out of κ and ρ."""
     h = tl.program_id(0) % H
     step = tl.program_id(0) // H
     _, start, tokens = slab_chunk(step // STEPS, low, L, cu, sequences, T, C, PACKED)
@@ -87,10 +88,10 @@ def prepare_steps(
     in_tile = (t < 16)[:, None] & k1[None, :]
     square = t[:, None] * 16 + t[None, :]
     every = (t < 16)[:, None] & (t < 16)[None, :]
-    hats_ptr += index * (4 * AREA) + tile
+    hats_ptr += index * (5 * AREA) + tile
     through_ptr += index * (2 * PARTS * AREA) + tile
     direct_ptr += index * (2 * PARTS * 256) + square
-    scores_ptr += index * (2 * 256) + square
+    scores_ptr += index * (2 * PARTS * 256) + square
     below = t[:, None] > t[None, :]
     above = t[:, None] < t[None, :]
     upto = t[:, None] >= t[None, :]
@@ -110,26 +111,28 @@ def prepare_steps(
     tl.store(ends_ptr + index * (2 * K) + K + kc, tl.exp2(whole - middle), k1)
     al, al_low = split_hat(alpha, PAIR)
     be, be_low = split_hat(beta, PAIR)
-    ka, ka_low = split_hat(kappa, HOW)
+    ka, ka_low = split_hat(kappa, PAIR)
     rh, rh_low = split_hat(rho, HOW)
     tl.store(hats_ptr, al, in_tile)
     tl.store(hats_ptr + AREA, be, in_tile)
     tl.store(hats_ptr + 2 * AREA, ka, in_tile)
     tl.store(hats_ptr + 3 * AREA, rh, in_tile)
+    tl.store(hats_ptr + 4 * AREA, ka_low, in_tile)
     A_ab = tl.where(below, dot_turned(al, al_low, be, be_low, none, HOW), 0.0)
     A_ba = tl.where(above, dot_turned(be, be_low, al, al_low, none, HOW), 0.0)
     X, Xt = step_inverse(A_ab, A_ba, PAIR)
     x, x_low = split_hat(X, PAIR)
     xt, xt_low = split_hat(Xt, PAIR)
-    A, A_low = split_hat(tl.where(above, dot_turned(ka, ka_low, al, al_low, none, HOW), 0.0), PAIR)
-    tl.store(scores_ptr, A)
+    A = tl.where(above, dot_turned(ka, ka_low, al, al_low, none, PAIR), 0.0)
+    _store_halves(A, scores_ptr, every, 256, HOW)
+    A, A_low = split_hat(A, PAIR)
     _store_halves(dot_turned(x, x_low, A, A_low, none, PAIR), direct_ptr, every, 256, HOW)
     A = tl.where(upto, dot_turned(rh, rh_low, be, be_low, none, HOW), 0.0)
     A, A_low = split_hat(A, PAIR)
     P = dot_turned(xt, xt_low, A, A_low, none, PAIR)
     _store_halves(P, direct_ptr + PARTS * 256, every, 256, HOW)
     A = tl.where(from_it, dot_turned(ka, ka_low, rh, rh_low, none, HOW), 0.0)
-    tl.store(scores_ptr + 256, narrow(A, HOW))
+    tl.store(scores_ptr + PARTS * 256, narrow(A, HOW))
     W = hat_dot(x, x_low, al, al_low, no_k, PAIR)
     _store_halves(W, through_ptr, in_tile, AREA, HOW)
     W = hat_dot(xt, xt_low, be, be_low, no_k, PAIR)
