@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .slabs import STEPS, slab_chunk, slab_steps
-from .tiles import hat_dot, load_scaled, narrow, split_hat, tile_power
+from .tiles import hat_dot, load_scaled, narrow, split_hat, tile_unit
 
 
 @triton.jit(do_not_specialize=["low", "L", "sequences", "T", "H"])
@@ -113,9 +113,7 @@ def rewalk_steps(
         if PARTS == 2:
             W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
         second = tl.load(hats_ptr + index * (5 * AREA) + (0 if BACK else AREA), in_tile, other=0.0)
-        unit = 1.0
-        if HOW != "ieee":
-            unit = tile_power(S)
+        unit = tile_unit(S, HOW)
         if GIVEN:
             n += -1 if BACK else 1
             vv = (n * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
@@ -125,7 +123,7 @@ def rewalk_steps(
             )
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
             if HOW != "ieee":
-                unit = tl.maximum(unit, tile_power(x.to(tl.float32)) * hat_unit)
+                unit = tl.maximum(unit, tile_unit(x, HOW) * hat_unit)
             xt = tl.trans(narrow(x.to(tl.float32) * (hat_unit / unit), HOW))
         S *= 1.0 / unit
         half, half_low = split_hat(S, HOW)

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from .prepare import tile_unit
-from .slabs import STEPS, slab_chunk
+from .slabs import slab_step
 from .steps import turned
-from .tiles import LOG2E, LOGIT_SCALE, counting, multiply, narrow
+from .tiles import LOG2E, LOGIT_SCALE, counting, multiply, narrow, tile_unit
 
 
 @triton.jit
@@ -76,10 +75,7 @@ def step_gradients(
 ):
     """dr, dw, dk, da, db [B·T, H, K] and dv [B·T, H, V], PART channels of K at a time."""
     h = tl.program_id(0) % H
-    step = tl.program_id(0) // H
-    _, start, tokens = slab_chunk(step // STEPS, low, L, cu, sequences, T, C, PACKED)
-    start += step % STEPS * 16
-    tokens -= step % STEPS * 16
+    start, tokens = slab_step(tl.program_id(0) // H, low, L, cu, sequences, T, C, PACKED)
     if tokens <= 0:
         return
     t = tl.arange(0, 16)

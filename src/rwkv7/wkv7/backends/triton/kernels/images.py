@@ -17,7 +17,7 @@ what a product gives stays in its registers until the next one.
 import triton
 import triton.language as tl
 
-from .steps import dot_turned, step_inverse, step_operands, turned
+from .steps import dot_turned, load_inputs, step_inverse, step_operands, turned
 from .tiles import chunk_bounds, hat_dot, high_part, low_part, split_hat, tile_power
 
 
@@ -43,18 +43,6 @@ def load_parts(pointers: tl.tensor, gap: tl.constexpr, PARTS: tl.constexpr):
     if PARTS == 2:
         low = tl.load(pointers + gap)
     return high, low
-
-
-@triton.jit
-def _load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, inside):
-    # The scalar `first` carries the 64-bit part of every address. Other loads the compiler moves to
-    # where they are read, and a warp then waits for memory several times.
-    w = tl.load(w_ptr + first + at, inside, other=0.0, volatile=True)
-    a = tl.load(a_ptr + first + at, inside, other=0.0, volatile=True)
-    b = tl.load(b_ptr + first + at, inside, other=0.0, volatile=True)
-    k = tl.load(k_ptr + first + at, inside, other=0.0, volatile=True)
-    r = tl.load(r_ptr + first + at, inside, other=0.0, volatile=True)
-    return r, w, k, a, b
 
 
 @triton.jit
@@ -138,7 +126,7 @@ def step_images(
     first = ((start + skipped) * H + h) * K
     inside = (skipped + t < tokens)[:, None]
     kk = inside & (kc < K)[None, :]
-    r, w, k, a, b = _load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, kk)
+    r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, kk)
     r_power = _step_power(r, r_ptr, first, at, inside, kc, K, BK)
     k_power = _step_power(k, k_ptr, first, at, inside, kc, K, BK)
     tl.store(words_ptr + BK + t, r_power)
@@ -146,7 +134,7 @@ def step_images(
     for part in tl.static_range(0, BK, 64):
         kk = inside & (part + kc < K)[None, :]
         if part > 0:
-            r, w, k, a, b = _load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
+            r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
         alpha, beta, kappa, rho, middle, whole = step_operands(r, w, k, a, b, kk, LOGIT, HOW)
         al, al_low = split_hat(alpha, HOW)
         be, be_low = split_hat(beta, HOW)
@@ -166,7 +154,7 @@ def step_images(
         part = BK - 64 - back
         if back > 0:
             kk = inside & (part + kc < K)[None, :]
-            r, w, k, a, b = _load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
+            r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
             alpha, beta, kappa, rho, middle, whole = step_operands(r, w, k, a, b, kk, LOGIT, HOW)
             al, al_low = split_hat(alpha, HOW)
             be, be_low = split_hat(beta, HOW)

@@ -10,18 +10,9 @@ take it on, for they come together everywhere.
 import triton
 import triton.language as tl
 
-from .slabs import STEPS, slab_chunk
-from .steps import dot_turned, step_inverse, step_operands
-from .tiles import hat_dot, narrow, split_hat, tile_power
-
-
-@triton.jit
-def tile_unit(tile: tl.tensor, HOW: tl.constexpr):
-    """The power of two at or below a tile's largest element; 1 for "ieee"."""
-    power = 1.0
-    if HOW != "ieee":
-        power = tile_power(tile.to(tl.float32))
-    return power
+from .slabs import slab_step
+from .steps import dot_turned, load_inputs, step_inverse, step_operands
+from .tiles import hat_dot, narrow, split_hat, tile_unit
 
 
 @triton.jit
@@ -65,22 +56,16 @@ def prepare_steps(
     W, W_b, N, Pᵀ and κ·αᵀ); ends [m, H, 2, K], the decays from the step's start to its middle and
     from there to its end; units [m, H, 2], the powers of two out of κ and ρ."""
     h = tl.program_id(0) % H
-    step = tl.program_id(0) // H
-    _, start, tokens = slab_chunk(step // STEPS, low, L, cu, sequences, T, C, PACKED)
-    start += step % STEPS * 16
-    tokens -= step % STEPS * 16
+    start, tokens = slab_step(tl.program_id(0) // H, low, L, cu, sequences, T, C, PACKED)
     if tokens <= 0:
         return
     t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
     k1 = kc < K
     kk = (t < tokens)[:, None] & k1[None, :]
-    at_k = (start * H + h) * K + ((t * (H * K))[:, None] + kc[None, :])
-    w = tl.load(w_ptr + at_k, kk, other=0.0, volatile=True)
-    a = tl.load(a_ptr + at_k, kk, other=0.0, volatile=True)
-    b = tl.load(b_ptr + at_k, kk, other=0.0, volatile=True)
-    k = tl.load(k_ptr + at_k, kk, other=0.0, volatile=True)
-    r = tl.load(r_ptr + at_k, kk, other=0.0, volatile=True)
+    first = (start * H + h) * K
+    at = (t * (H * K))[:, None] + kc[None, :]
+    r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, kk)
     index = tl.program_id(0).to(tl.int64)
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K

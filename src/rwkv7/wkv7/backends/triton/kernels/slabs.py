@@ -28,14 +28,27 @@ def slab_chunk(
     """(number, first row, tokens) of chunk `local` of a slab; tokens ≤ 0 where it has none."""
     if PACKED:
         chunk = low + local
-        start, tokens = chunk_bounds(chunk, cu, sequences, T, C, True)
     else:
-        s = local // L
-        n = low + local % L
-        chunk = s * tl.cdiv(T, C) + n
-        start = s.to(tl.int64) * T + n * C
-        tokens = tl.minimum(T - n * C, C)
+        chunk = local // L * tl.cdiv(T, C) + low + local % L
+    start, tokens = chunk_bounds(chunk, cu, sequences, T, C, PACKED)
     return chunk, start, tokens
+
+
+@triton.jit
+def slab_step(
+    step: tl.tensor,
+    low: tl.tensor,
+    L: tl.tensor,
+    cu: tl.tensor,
+    sequences: tl.tensor,
+    T: tl.tensor,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """(first row, tokens) of step `step` of a slab; tokens ≤ 0 where it has none."""
+    _, start, tokens = slab_chunk(step // STEPS, low, L, cu, sequences, T, C, PACKED)
+    skipped = step % STEPS * STEP
+    return start + skipped, tokens - skipped
 
 
 @triton.jit

@@ -53,6 +53,19 @@ def _running_sums(decay: tl.tensor, SKIP: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
+def load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, inside):
+    """(r, w, k, a, b) [16, K] of a step; the scalar `first` has the 64-bit part of addresses."""
+    # Other loads the compiler moves to where they are read, and a warp then waits for memory
+    # several times.
+    w = tl.load(w_ptr + first + at, inside, other=0.0, volatile=True)
+    a = tl.load(a_ptr + first + at, inside, other=0.0, volatile=True)
+    b = tl.load(b_ptr + first + at, inside, other=0.0, volatile=True)
+    k = tl.load(k_ptr + first + at, inside, other=0.0, volatile=True)
+    r = tl.load(r_ptr + first + at, inside, other=0.0, volatile=True)
+    return r, w, k, a, b
+
+
+@triton.jit
 def step_operands(
     r: tl.tensor,
     w: tl.tensor,

@@ -109,15 +109,8 @@ def low_part(x: tl.tensor):
 
 
 @triton.jit
-def multiply(
-    x: tl.tensor,
-    y: tl.tensor,
-    acc: tl.tensor,
-    HOW: tl.constexpr,
-    XT: tl.constexpr = False,
-    YT: tl.constexpr = False,
-):
-    """acc + x·y in fp32; XT and YT take the transpose of x and of y.
+def multiply(x: tl.tensor, y: tl.tensor, acc: tl.tensor, HOW: tl.constexpr):
+    """acc + x·y in fp32.
 
     But for HOW "ieee" each operand is the sum of two bf16 numbers, 16 bits together with the range
     of fp32; a bf16 operand is one of them already.
@@ -125,20 +118,14 @@ def multiply(
     if HOW != "ieee":
         x_high = x if x.dtype == tl.bfloat16 else high_part(x)
         y_high = y if y.dtype == tl.bfloat16 else high_part(y)
-        x_high = tl.trans(x_high) if XT else x_high
-        y_high = tl.trans(y_high) if YT else y_high
         acc = tl.dot(x_high, y_high, acc=acc)
         if x.dtype != tl.bfloat16:
-            x_low = low_part(x)
-            acc = tl.dot(tl.trans(x_low) if XT else x_low, y_high, acc=acc)
+            acc = tl.dot(low_part(x), y_high, acc=acc)
         if y.dtype != tl.bfloat16:
-            y_low = low_part(y)
-            acc = tl.dot(x_high, tl.trans(y_low) if YT else y_low, acc=acc)
+            acc = tl.dot(x_high, low_part(y), acc=acc)
     else:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
-        x = tl.trans(x) if XT else x
-        y = tl.trans(y) if YT else y
         acc = tl.dot(x, y, acc=acc, input_precision=HOW)
     return acc
 
@@ -157,6 +144,15 @@ def tile_power(tile: tl.tensor):
     largest = tl.max(tl.max(tl.abs(tile), 1), 0)
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
+
+
+@triton.jit
+def tile_unit(tile: tl.tensor, HOW: tl.constexpr):
+    """The power of two at or below a tile's largest element; 1 for "ieee"."""
+    power = 1.0
+    if HOW != "ieee":
+        power = tile_power(tile.to(tl.float32))
+    return power
 
 
 @triton.jit
