@@ -61,6 +61,8 @@ class TritonBackend:
         call = _contiguous(call)
         with _on(call.r):
             if plan.takes_chunks(call):
+                if call.r.is_cuda:
+                    _compile_first(call, saved, save)
                 y, final = step_route.forward(call, Saved.view(call, saved) if save else None)
             else:
                 y, final = token_route.forward(call, saved, save)
@@ -98,6 +100,28 @@ class TritonBackend:
             return torch.empty_like(inputs[3])
         with _on(state):
             return step(tuple(x.contiguous() for x in inputs), state, decay, slots)
+
+
+# Forms of calls by chunks whose kernels have been compiled in this process.
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _compile_first(call: Call, saved: Tensor, save: bool) -> None:
+    """On a form's first call, all kernels of forward and of backward, if there will be one."""
+    _, _, _, K, V = call.sizes
+    packed = call.cu_seqlens is not None
+    form = (call.r.device, call.v.dtype, call.w.dtype, call.decay, K, V, packed, save)
+    if form in _compiled:
+        return
+    from . import back_route, step_route
+    from .launch import compiling_together
+    from .saved import Saved
+
+    with compiling_together():
+        y, _ = step_route.forward(call, Saved.view(call, saved) if save else None)
+        if save:
+            back_route.backward(call, saved, y, None)
+    _compiled.add(form)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from rwkv7.wkv7.contract import Call
 from .kernels.back_walks import rewalk_steps
 from .kernels.gradients import step_gradients
 from .kernels.prepare import prepare_steps
+from .launch import start
 from .plan import (
     CHUNK,
     GRADIENTS,
@@ -96,22 +97,26 @@ def backward(
         count = min(most, chunks - low)
         where = (call.cu_seqlens, low, count, S, T, H)
         programs = count * width * H
-        prepare_steps[(programs * STEPS,)](
+        start(
+            prepare_steps, (programs * STEPS,),
             call.r, call.w, call.k, call.a, call.b,
             slab.hats, slab.through, slab.direct, slab.scores, slab.ends, slab.units,
             *where, **sizes, LOGIT=logit, **preparation,
         )  # fmt: skip
         images = (slab.hats, slab.through, slab.direct, slab.ends, slab.units)
-        rewalk_steps[(programs,)](
+        start(
+            rewalk_steps, (programs,),
             call.v, *images, saved.states, saved.states_scale,
             slab.states, slab.states_scale, slab.moved, *where,
             **sizes, **values, BACK=False, GIVEN=True, **walk,
         )  # fmt: skip
-        rewalk_steps[(S * H,)](
+        start(
+            rewalk_steps, (S * H,),
             dy, *images, dstate, None, slab.dstates, slab.dstates_scale, slab.moved, *where,
             **sizes, **values, BACK=True, GIVEN=given, **walk,
         )  # fmt: skip
-        step_gradients[(programs * STEPS,)](
+        start(
+            step_gradients, (programs * STEPS,),
             call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
             slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
             dr, dw, dk, dv, da, db, *where, **sizes, **values,

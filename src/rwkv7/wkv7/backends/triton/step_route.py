@@ -11,6 +11,7 @@ from rwkv7.wkv7.contract import Call
 
 from .kernels.images import step_images
 from .kernels.walks import chain_segments, segment_maps, walk_segments
+from .launch import start
 from .plan import (
     CHAIN,
     CHUNK,
@@ -58,7 +59,8 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
     images = Images.empty(call)
     sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": products(call.v)}
-    step_images[(chunk_count(call) * (CHUNK // STEP) * H,)](
+    start(
+        step_images, (chunk_count(call) * (CHUNK // STEP) * H,),
         call.r, call.w, call.k, call.a, call.b,
         images.tiles, images.write, images.direct, images.words,
         call.cu_seqlens, S, T, H, **sizes, LOGIT=call.decay == "logit",
@@ -69,7 +71,8 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     if segments > 1:
         state = _segment_states(call, images, span)
     walks = S * H * -(-V // WALK_ROWS)
-    walk_segments[(walks, segments)](
+    start(
+        walk_segments, (walks, segments),
         images.tiles, images.write, images.direct, images.words, call.v,
         *_given(state, final), y, final, saved and saved.states, saved and saved.states_scale,
         call.cu_seqlens, T, H, span, **sizes, V=V, BV=WALK_ROWS, SAVE=saved is not None,
@@ -85,11 +88,13 @@ def _segment_states(call: Call, images: Images, span: int) -> Tensor:
     maps = call.v.new_empty((pairs, segments, BK + V, BK), dtype=torch.float32)
     states = call.v.new_empty((pairs, segments, V, K), dtype=torch.float32)
     sizes = {"K": K, "V": V, "BK": BK, "BV": BV, "HOW": products(call.v)}
-    segment_maps[(pairs * (BK // BV + -(-V // BV)), segments - 1)](
+    start(
+        segment_maps, (pairs * (BK // BV + -(-V // BV)), segments - 1),
         images.tiles, images.write, images.words, call.v, maps, T, H, span,
         **sizes, C=CHUNK, **WALK.options(),
     )  # fmt: skip
-    chain_segments[(pairs, -(-V // BV))](
+    start(
+        chain_segments, (pairs, -(-V // BV)),
         maps, *_given(call.state, states), states, segments, **sizes, **CHAIN.options(),
     )  # fmt: skip
     return states
