@@ -99,28 +99,28 @@ def backward(
         programs = count * width * H
         start(
             prepare_steps, (programs * STEPS,),
-            call.r, call.w, call.k, call.a, call.b,
-            slab.hats, slab.through, slab.direct, slab.scores, slab.ends, slab.units,
-            *where, **sizes, LOGIT=logit, **preparation,
+            (call.r, call.w, call.k, call.a, call.b,
+             slab.hats, slab.through, slab.direct, slab.scores, slab.ends, slab.units, *where),
+            {**sizes, "LOGIT": logit, **preparation},
         )  # fmt: skip
         images = (slab.hats, slab.through, slab.direct, slab.ends, slab.units)
         start(
             rewalk_steps, (programs,),
-            call.v, *images, saved.states, saved.states_scale,
-            slab.states, slab.states_scale, slab.moved, *where,
-            **sizes, **values, BACK=False, GIVEN=True, **walk,
+            (call.v, *images, saved.states, saved.states_scale,
+             slab.states, slab.states_scale, slab.moved, *where),
+            {**sizes, **values, "BACK": False, "GIVEN": True, **walk},
         )  # fmt: skip
         start(
             rewalk_steps, (S * H,),
-            dy, *images, dstate, None, slab.dstates, slab.dstates_scale, slab.moved, *where,
-            **sizes, **values, BACK=True, GIVEN=given, **walk,
+            (dy, *images, dstate, None, slab.dstates, slab.dstates_scale, slab.moved, *where),
+            {**sizes, **values, "BACK": True, "GIVEN": given, **walk},
         )  # fmt: skip
         start(
             step_gradients, (programs * STEPS,),
-            call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
-            slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
-            dr, dw, dk, dv, da, db, *where, **sizes, **values,
-            PART=min(GRADIENTS_PART, block(K)), LOGIT=logit, HAS_DY=given,
-            **GRADIENTS.options(),
+            (call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
+             slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
+             dr, dw, dk, dv, da, db, *where),
+            {**sizes, **values, "PART": min(GRADIENTS_PART, block(K)), "LOGIT": logit,
+             "HAS_DY": given, **GRADIENTS.options()},
         )  # fmt: skip
     return dr, dw, dk, dv, da, db, dstate

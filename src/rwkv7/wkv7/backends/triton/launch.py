@@ -48,8 +48,13 @@ class _Recorded(threading.local):
 _recorded = _Recorded()
 
 
-def start(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on the current stream, as `kernel[grid](*arguments, **options)`."""
+def start(kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        kernel: what `triton.jit` made.
+        options: its constants, and how it is compiled and launched, by name.
+    """
     if _recorded.launches is None:
         kernel[grid](*arguments, **options)
     else:

@@ -61,10 +61,10 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": products(call.v)}
     start(
         step_images, (chunk_count(call) * (CHUNK // STEP) * H,),
-        call.r, call.w, call.k, call.a, call.b,
-        images.tiles, images.write, images.direct, images.words,
-        call.cu_seqlens, S, T, H, **sizes, LOGIT=call.decay == "logit",
-        **IMAGES.options(),
+        (call.r, call.w, call.k, call.a, call.b,
+         images.tiles, images.write, images.direct, images.words,
+         call.cu_seqlens, S, T, H),
+        {**sizes, "LOGIT": call.decay == "logit", **IMAGES.options()},
     )  # fmt: skip
     span = segment(call)
     segments, state = 1 if packed else -(-T // span), call.state
@@ -73,10 +73,11 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     walks = S * H * -(-V // WALK_ROWS)
     start(
         walk_segments, (walks, segments),
-        images.tiles, images.write, images.direct, images.words, call.v,
-        *_given(state, final), y, final, saved and saved.states, saved and saved.states_scale,
-        call.cu_seqlens, T, H, span, **sizes, V=V, BV=WALK_ROWS, SAVE=saved is not None,
-        **walk_launch(call, walks * segments).options(),
+        (images.tiles, images.write, images.direct, images.words, call.v,
+         *_given(state, final), y, final, saved and saved.states, saved and saved.states_scale,
+         call.cu_seqlens, T, H, span),
+        {**sizes, "V": V, "BV": WALK_ROWS, "SAVE": saved is not None,
+         **walk_launch(call, walks * segments).options()},
     )  # fmt: skip
     return y, final
 
@@ -90,12 +91,12 @@ def _segment_states(call: Call, images: Images, span: int) -> Tensor:
     sizes = {"K": K, "V": V, "BK": BK, "BV": BV, "HOW": products(call.v)}
     start(
         segment_maps, (pairs * (BK // BV + -(-V // BV)), segments - 1),
-        images.tiles, images.write, images.words, call.v, maps, T, H, span,
-        **sizes, C=CHUNK, **WALK.options(),
+        (images.tiles, images.write, images.words, call.v, maps, T, H, span),
+        {**sizes, "C": CHUNK, **WALK.options()},
     )  # fmt: skip
     start(
         chain_segments, (pairs, -(-V // BV)),
-        maps, *_given(call.state, states), states, segments, **sizes, **CHAIN.options(),
+        (maps, *_given(call.state, states), states, segments), {**sizes, **CHAIN.options()},
     )  # fmt: skip
     return states
 
