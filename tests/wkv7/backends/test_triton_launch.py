@@ -1,4 +1,5 @@
-"""Compiling several kernels at once: nothing runs meanwhile, each compiles once, errors arrive."""
+"""Starting Triton's kernels: by the compiled one from the second time on; compiled several at once,
+when nothing runs meanwhile, each compiles once, and errors arrive."""
 
 import contextlib
 
@@ -11,11 +12,27 @@ from rwkv7.wkv7.backends.triton.launch import compiling_together, start
 class Kernel:
     """What `start` asks of Triton's kernels, and what it was asked."""
 
-    def __init__(self, error=None):
+    def __init__(self, error=None, keeps=False):
         self.launched, self.compiled, self.error = [], [], error
+        self.keeps, self.kept = keeps, self._Compiled()
+
+    class _Compiled:
+        """Remembers with what it was started."""
+
+        def __init__(self):
+            self.started = []
+
+        def __getitem__(self, grid):
+            return lambda *arguments: self.started.append((grid, arguments))
+
+    arg_names = ("x", "y", "n", "K", "LOGIT")
 
     def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+        def run(*arguments, **options):
+            self.launched.append((grid, arguments, options))
+            return self.kept if self.keeps else None
+
+        return run
 
     def warmup(self, *arguments, grid, **options):
         if self.error is not None:
@@ -68,3 +85,37 @@ def test_an_error_inside_leaves_launches_as_they_were():
         raise KeyError
     start(kernel, (1,), (), {})
     assert len(kernel.launched) == 1 and not kernel.compiled
+
+
+def test_what_is_compiled_is_started_itself_with_its_constants_in_order():
+    kernel, x = Kernel(keeps=True), torch.zeros(8)
+    options = {"num_warps": 4, "LOGIT": True, "K": 64}
+    for n in (1, 2, 3):
+        start(kernel, (n, 5), (x, None, n), options)
+    assert [grid for grid, *_ in kernel.launched] == [(1, 5)]
+    assert kernel.kept.started == [((n, 5, 1), (x, None, n, 64, True)) for n in (2, 3)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: ((x.half(), None, 1), {"K": 64}),
+        lambda x: ((x[1:], None, 1), {"K": 64}),  # not on 16 bytes
+        lambda x: ((x, x, 1), {"K": 64}),
+        lambda x: ((x, None, 2**31), {"K": 64}),
+        lambda x: ((x, None, 1), {"K": 128}),
+    ],
+)
+def test_another_form_is_left_to_triton(other):
+    kernel, x = Kernel(keeps=True), torch.zeros(8)
+    start(kernel, (1,), (x, None, 1), {"K": 64, "LOGIT": True})
+    arguments, options = other(x)
+    start(kernel, (1,), arguments, {**options, "LOGIT": True})
+    assert len(kernel.launched) == 2 and not kernel.kept.started
+
+
+def test_an_interpreter_which_compiles_nothing_runs_every_time():
+    kernel, x = Kernel(), torch.zeros(8)
+    for _ in range(2):
+        start(kernel, (1,), (x, None, 1), {"K": 64, "LOGIT": True})
+    assert len(kernel.launched) == 2

@@ -8,6 +8,7 @@ from torch import Tensor
 from rwkv7.wkv7.contract import Call
 
 from .kernels.tokens import step_in_place, walk_tokens, walk_tokens_back
+from .launch import start
 from .plan import SPAN, block, token_rows
 
 WARPS = 4
@@ -27,12 +28,13 @@ def forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     S, rows = call.sequences, token_rows(K, V)
     y = torch.empty_like(call.v)
     final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
-    walk_tokens[(S * H, -(-V // rows))](
-        call.r, call.w, call.k, call.v, call.a, call.b,
-        call.state, y, final, saved, call.cu_seqlens, T, H,
-        K=K, V=V, BK=block(K), BV=rows, SPAN=SPAN,
-        LOGIT=call.decay == "logit", PACKED=call.cu_seqlens is not None,
-        GIVEN=call.state is not None, SAVE=save, num_warps=WARPS,
+    start(
+        walk_tokens, (S * H, -(-V // rows)),
+        (call.r, call.w, call.k, call.v, call.a, call.b,
+         call.state, y, final, saved, call.cu_seqlens, T, H),
+        {"K": K, "V": V, "BK": block(K), "BV": rows, "SPAN": SPAN,
+         "LOGIT": call.decay == "logit", "PACKED": call.cu_seqlens is not None,
+         "GIVEN": call.state is not None, "SAVE": save, "num_warps": WARPS},
     )  # fmt: skip
     return y, final
 
@@ -52,13 +54,14 @@ def backward(
     dv = torch.empty_like(call.v)
     dstate = call.v.new_empty((S, H, V, K), dtype=torch.float32)
     scratch = call.v.new_empty((S * H * parts, SPAN, rows, block(K)), dtype=torch.float32)
-    walk_tokens_back[(S * H, parts)](
-        call.r, call.w, call.k, call.v, call.a, call.b,
-        dy, dfinal, saved, scratch, dr, dw, dk, dv, da, db, dstate,
-        call.cu_seqlens, T, H, B * T * H,
-        K=K, V=V, BK=block(K), BV=rows, SPAN=SPAN,
-        LOGIT=call.decay == "logit", PACKED=call.cu_seqlens is not None,
-        HAS_DY=dy is not None, HAS_DFINAL=dfinal is not None, num_warps=WARPS,
+    start(
+        walk_tokens_back, (S * H, parts),
+        (call.r, call.w, call.k, call.v, call.a, call.b,
+         dy, dfinal, saved, scratch, dr, dw, dk, dv, da, db, dstate,
+         call.cu_seqlens, T, H, B * T * H),
+        {"K": K, "V": V, "BK": block(K), "BV": rows, "SPAN": SPAN,
+         "LOGIT": call.decay == "logit", "PACKED": call.cu_seqlens is not None,
+         "HAS_DY": dy is not None, "HAS_DFINAL": dfinal is not None, "num_warps": WARPS},
     )  # fmt: skip
     if parts > 1:
         dr, dw, dk, da, db = (g.sum(0).to(x.dtype) for g, x in zip(grads, inputs, strict=True))
@@ -72,9 +75,10 @@ def step(inputs: tuple[Tensor, ...], state: Tensor, decay: str, slots: Tensor | 
     V = v.shape[-1]
     y = torch.empty_like(v)
     rows = token_rows(K, V)
-    step_in_place[(B * H, -(-V // rows))](
-        r, w, k, v, a, b, state, y, slots, H,
-        K=K, V=V, BK=block(K), BV=rows,
-        LOGIT=decay == "logit", SLOTS=slots is not None, num_warps=WARPS,
+    start(
+        step_in_place, (B * H, -(-V // rows)),
+        (r, w, k, v, a, b, state, y, slots, H),
+        {"K": K, "V": V, "BK": block(K), "BV": rows,
+         "LOGIT": decay == "logit", "SLOTS": slots is not None, "num_warps": WARPS},
     )  # fmt: skip
     return y
