@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton_interpreter import load
 
-from rwkv7.wkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7 import batch_invariant, explain, wkv7, wkv7_step_
 from rwkv7.wkv7.backends.triton import plan
 from rwkv7.wkv7.contract import Call, log_decay
 
@@ -101,11 +101,23 @@ def test_packed(decay):
 @pytest.mark.parametrize(("K", "V", "T"), [(16, 24, 200), (96, 72, 129)])
 @pytest.mark.parametrize("state", ["none", "random"])
 def test_segments(K, V, T, state, monkeypatch):
-    from rwkv7.wkv7.backends.triton import step_route
+    from rwkv7.wkv7.backends.triton import back_route, step_route
 
-    monkeypatch.setattr(step_route, "segment", lambda call: 64)
+    for module in (back_route, step_route):
+        monkeypatch.setattr(module, "segment", lambda call, tokens: 64)
     initial = None if state == "none" else torch.randn(1, 2, V, K)
     compare(inputs(1, T, 2, K, V), state=initial)
+
+
+@pytest.mark.parametrize("through", ["y", "state", "both"])
+def test_segments_of_slabs(through, monkeypatch):
+    """Backward, slabs of three chunks, the last shorter, in segments of two."""
+    from rwkv7.wkv7.backends.triton import back_route
+
+    monkeypatch.setattr(back_route, "segment", lambda call, tokens: 128)
+    monkeypatch.setattr(back_route, "slab_chunks", lambda *sizes: 3)
+    call = inputs(2, 300, 1, 16, 8)
+    compare(call, through=through, state=torch.randn(2, 1, 8, 16))
 
 
 def test_only_few_long_sequences_are_cut():
@@ -115,9 +127,9 @@ def test_only_few_long_sequences_are_cut():
 
     few, packed = call(1, 10000), call(1, 10000, torch.tensor([0, 10000]))
     for uncut in (call(1, 900), call(100, 10000), packed, replace(few, invariant=True)):
-        assert plan.segment(uncut) >= uncut.sizes[1]
-    assert plan.segment(few) < 10000
-    assert plan.segment(few) % plan.CHUNK == 0
+        assert plan.segment(uncut, uncut.sizes[1]) >= uncut.sizes[1]
+    assert plan.segment(few, 10000) < 10000
+    assert plan.segment(few, 10000) % plan.CHUNK == 0
 
 
 @pytest.mark.parametrize("through", ["y", "state", "both"])
@@ -128,6 +140,19 @@ def test_backward_by_slabs_of_one_chunk(offsets, through, monkeypatch):
     cu_seqlens = None if offsets is None else torch.tensor(offsets)
     call = inputs(B, 150 if offsets is None else 260, 1, 16, 24)
     compare(call, through=through, cu_seqlens=cu_seqlens, state=torch.randn(S, 1, 24, 16))
+
+
+def test_slabs_change_no_bits_where_batches_must_not(monkeypatch):
+    call = inputs(1, 150, 1, 16, 16)
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in call]
+        with batch_invariant():
+            return torch.autograd.grad(wkv7(*leaves, backend="triton")[0].sum(), leaves)
+
+    whole = gradients()
+    monkeypatch.setattr(plan, "SLAB", 1)
+    assert all(map(torch.equal, whole, gradients()))
 
 
 @pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20), (80, 128)])

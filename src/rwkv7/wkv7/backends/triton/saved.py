@@ -22,8 +22,8 @@ def chunk_count(call: Call) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Views of one fp32 tensor: states [n, H, V, K], fp16 for 16-bit inputs, else fp32, and the
-    powers of two taken out of their rows, states_scale [n, H, V] (not written beside fp32)."""
+    """Flat parts of one fp32 tensor: states [n, H, V, K], fp16 for 16-bit inputs, else fp32, and
+    the powers of two taken out of their rows, states_scale [n, H, V] (not written beside fp32)."""
 
     states_scale: Tensor
     states: Tensor
@@ -37,10 +37,16 @@ class Saved:
     @classmethod
     def view(cls, call: Call, memory: Tensor) -> Saved:
         """The fields inside a flat fp32 tensor of `words`."""
-        _, _, H, K, V = call.sizes
-        n, rows = chunk_count(call), _rows(call)
-        states = memory[_aligned(rows) :].view(operand_dtype(call))[: rows * K]
-        return cls(memory[:rows].view(n, H, V), states.view(n, H, V, K))
+        rows = _aligned(_rows(call))
+        scale, states = memory.split((rows, memory.numel() - rows))
+        return cls(scale, states.view(operand_dtype(call)))
+
+
+def carve(x: Tensor, dtype: torch.dtype, *counts: int) -> tuple[Tensor, ...]:
+    """Flat tensors of so many elements on the device of x, in one allocation: the host takes
+    longer over each than over a split. They begin where kernels expect it, on 16 bytes."""
+    padded = [-(-count // 16) * 16 for count in counts]
+    return x.new_empty(sum(padded), dtype=dtype).split(padded)
 
 
 def operand_dtype(call: Call) -> torch.dtype:

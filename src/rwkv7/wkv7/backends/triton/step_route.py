@@ -24,12 +24,12 @@ from .plan import (
     segment,
     walk_launch,
 )
-from .saved import Saved, chunk_count, operand_dtype
+from .saved import Saved, carve, chunk_count, operand_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What the walk reads of every step of 16 tokens, as kernels/images.py names it."""
+    """What the walk reads of every step of 16 tokens, flat, as kernels/images.py names it."""
 
     tiles: Tensor
     write: Tensor
@@ -42,12 +42,13 @@ class Images:
         how, v = products(call.v), call.v
         n, BK = chunk_count(call) * (CHUNK // STEP) * call.sizes[2], chunk_block(call.sizes[3])
         narrow, value = operand_dtype(call), torch.float32 if how == "ieee" else v.dtype
-        parts, value_parts = 2 if how == "halves" else 1, 1 if how == "ieee" else 2
+        parts, value_parts = 2 if how == "halves" else 1, n if how == "ieee" else 2 * n
+        write, direct = carve(v, value, value_parts * STEP * BK, value_parts * STEP * STEP)
         return cls(
-            v.new_empty((n, 3 * parts, STEP, BK), dtype=narrow),
-            v.new_empty((n, value_parts, STEP, BK), dtype=value),
-            v.new_empty((n, value_parts, STEP, STEP), dtype=value),
-            v.new_empty((n, BK + STEP), dtype=torch.float32),
+            v.new_empty(n * 3 * parts * STEP * BK, dtype=narrow),
+            write,
+            direct,
+            v.new_empty(n * (BK + STEP), dtype=torch.float32),
         )
 
 
@@ -66,7 +67,7 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
          call.cu_seqlens, S, T, H),
         {**sizes, "LOGIT": call.decay == "logit", **IMAGES.options()},
     )  # fmt: skip
-    span = segment(call)
+    span = segment(call, T)
     segments, state = 1 if packed else -(-T // span), call.state
     if segments > 1:
         state = _segment_states(call, images, span)
@@ -86,8 +87,9 @@ def _segment_states(call: Call, images: Images, span: int) -> Tensor:
     """The state before every segment, fp32 [pairs, segments, V, K]."""
     _, T, H, K, V = call.sizes
     pairs, segments, BK, BV = call.sequences * H, -(-T // span), chunk_block(K), WALK_ROWS
-    maps = call.v.new_empty((pairs, segments, BK + V, BK), dtype=torch.float32)
-    states = call.v.new_empty((pairs, segments, V, K), dtype=torch.float32)
+    maps, states = carve(
+        call.v, torch.float32, pairs * segments * (BK + V) * BK, pairs * segments * V * K
+    )
     sizes = {"K": K, "V": V, "BK": BK, "BV": BV, "HOW": products(call.v)}
     start(
         segment_maps, (pairs * (BK // BV + -(-V // BV)), segments - 1),

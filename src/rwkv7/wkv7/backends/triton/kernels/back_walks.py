@@ -4,16 +4,20 @@ One program walks with the state [V, K] in registers. Both walks are the same, S
 κ, β and V, E backward with W_b, Pᵀ, ρ, α and dY:
 
     S' = S∘enter     U = W·S'ᵀ + N·V     S ← (S' + Vᵀ·κ + Uᵀ·β)∘leave
+
+Where pairs are few, a slab's E is walked in segments, numbered as they are walked, the last tokens
+first. A segment takes E to E·M + F: `gradient_maps` walks M from the identity and F from zero,
+`chain_segments` of walks.py passes E on, and then all segments are walked at once.
 """
 
 import triton
 import triton.language as tl
 
 from .slabs import STEPS, slab_chunk, slab_steps
-from .tiles import hat_dot, load_scaled, narrow, split_hat, tile_unit
+from .tiles import hat_dot, load_scaled, narrow, power_below, split_hat, tile_largest
 
 
-@triton.jit(do_not_specialize=["low", "L", "sequences", "T", "H"])
+@triton.jit(do_not_specialize=["given", "span", "low", "L", "sequences", "T", "H"])
 def rewalk_steps(
     x_ptr: tl.tensor,
     hats_ptr: tl.tensor,
@@ -23,9 +27,12 @@ def rewalk_steps(
     units_ptr: tl.tensor,
     begin_ptr: tl.tensor,
     begin_scale: tl.tensor,
+    given: tl.tensor,
+    final_ptr: tl.tensor,
     states_ptr: tl.tensor,
     states_scale: tl.tensor,
     moved_ptr: tl.tensor,
+    span: tl.tensor,
     cu: tl.tensor,
     low: tl.tensor,
     L: tl.tensor,
@@ -39,7 +46,7 @@ def rewalk_steps(
     C: tl.constexpr,
     PACKED: tl.constexpr,
     BACK: tl.constexpr,
-    GIVEN: tl.constexpr,
+    HAS_X: tl.constexpr,
     HOW: tl.constexpr,
 ):
     """states [m, H, V, K]: S' or E' of every step of a slab; states_scale [m, H], the power of two
@@ -47,7 +54,9 @@ def rewalk_steps(
     two numbers each, [m, H, 2, V, K] and [m, H, 3, 16, V].
 
     Forward a program walks one chunk from its saved state, begin [n, H, V, K] and begin_scale; back
-    one sequence, from begin [S, H, V, K], which is then what E was before the slab."""
+    a segment of `span` steps of one sequence, from E behind it, begin [S · H, segments, V, K],
+    zeros unless `given`, and final [S, H, V, K] is what E is before the slab: where there is one
+    segment, begin may be it."""
     h = tl.program_id(0) % H
     t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
@@ -60,10 +69,12 @@ def rewalk_steps(
         start, tokens, begin, end, offset = slab_steps(
             tl.program_id(0) // H, low, L, cu, T, C, PACKED
         )
-        begin_ptr += tl.program_id(0).to(tl.int64) * (V * K) + square
+        end -= tl.program_id(1) * span
         if end <= begin:
             return
-        S = tl.load(begin_ptr, inside, other=0.0)
+        begin = tl.maximum(begin, end - span)
+        behind = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        S = tl.load(begin_ptr + behind * (V * K) + square, inside & (given != 0), other=0.0)
     else:
         local = tl.program_id(0) // H
         chunk, start, tokens = slab_chunk(local, low, L, cu, sequences, T, C, PACKED)
@@ -97,7 +108,7 @@ def rewalk_steps(
     S *= tl.load(enter_ptr + index * (2 * K), k1, other=0.0)[None, :]
     # Triton's pipeline asks early only for what a product reads as it is: for these the loop does.
     hat_unit = tl.load(units_ptr + index * 2 + SIDE)
-    if GIVEN:
+    if HAS_X:
         x_ptr += (start * H + h) * V + at_v
         vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
         x = tl.load(x_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
@@ -106,15 +117,17 @@ def rewalk_steps(
         index = (offset + n).to(tl.int64) * H + h
         more = i + 1 < end - begin
         leave = tl.load(leave_ptr + index * (2 * K), k1, other=0.0)
-        leave *= tl.load(enter_ptr + (index + later) * (2 * K), k1 & more, other=1.0)
+        next_enter = tl.load(enter_ptr + (index + later) * (2 * K), k1 & more, other=1.0)
         next_unit = tl.load(units_ptr + (index + later) * 2 + SIDE, more, other=1.0)
         W = tl.load(through_ptr + index * (2 * PARTS * AREA), in_tile, other=0.0)
         W_low = W
         if PARTS == 2:
             W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
         second = tl.load(hats_ptr + index * (5 * AREA) + (0 if BACK else AREA), in_tile, other=0.0)
-        unit = tile_unit(S, HOW)
-        if GIVEN:
+        unit = 1.0
+        if HOW != "ieee":
+            unit = tile_largest(S)
+        if HAS_X:
             n += -1 if BACK else 1
             vv = (n * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_x = tl.load(x_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
@@ -123,8 +136,10 @@ def rewalk_steps(
             )
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
             if HOW != "ieee":
-                unit = tl.maximum(unit, tile_unit(x, HOW) * hat_unit)
+                unit = power_below(tl.maximum(unit, tile_largest(x) * hat_unit))
             xt = tl.trans(narrow(x.to(tl.float32) * (hat_unit / unit), HOW))
+        elif HOW != "ieee":
+            unit = power_below(unit)
         S *= 1.0 / unit
         half, half_low = split_hat(S, HOW)
         tl.store(states_scale + index, unit)
@@ -133,7 +148,7 @@ def rewalk_steps(
             tl.store(states_ptr + index * (KEPT * V * K) + V * K + square, half_low, inside)
         U = tl.zeros([BV, 16], tl.float32)
         U = hat_dot(half, half_low, tl.trans(W), tl.trans(W_low), U, HOW)
-        if GIVEN:
+        if HAS_X:
             U = tl.dot(xt, tl.trans(D), acc=U, input_precision="ieee")
             if PARTS == 2:
                 D = tl.load(direct_ptr + index * (2 * PARTS * 256) + 256)
@@ -145,9 +160,115 @@ def rewalk_steps(
         tl.store(at_moved, tl.trans(U), in_moved)
         if KEPT == 2:
             tl.store(at_moved + 16 * V, tl.trans(U_low), in_moved)
+        # One factor after the other, as where a slab ends between them: bits do not depend on it.
         S *= (leave * unit)[None, :]
+        S *= next_enter[None, :]
         hat_unit = next_unit
-        if GIVEN:
+        if HAS_X:
             x = next_x
     if BACK:
-        tl.store(begin_ptr, S, inside)
+        last = tl.program_id(1) == tl.num_programs(1) - 1
+        final_ptr += tl.program_id(0).to(tl.int64) * (V * K)
+        tl.store(final_ptr + square, S, inside & last)
+
+
+@triton.jit(do_not_specialize=["span", "low", "L", "T", "H"])
+def gradient_maps(
+    dy_ptr: tl.tensor,
+    hats_ptr: tl.tensor,
+    through_ptr: tl.tensor,
+    direct_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    units_ptr: tl.tensor,
+    maps_ptr: tl.tensor,
+    span: tl.tensor,
+    low: tl.tensor,
+    L: tl.tensor,
+    T: tl.tensor,
+    H: tl.tensor,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """maps [pairs, segments, BK + V, BK]: M, then F, of a slab's segments but the last walked.
+
+    Programs: (sequence, head) and block of those rows; segment of `span` steps. Rows have powers of
+    two of their own: none waits for another, as where tiles are stored for the gradients.
+    """
+    BLOCKS: tl.constexpr = BK // ROWS + (V + ROWS - 1) // ROWS
+    pair = tl.program_id(0) // BLOCKS
+    h = pair % H
+    start, tokens, _, end, offset = slab_steps(pair // H, low, L, dy_ptr, T, C, False)
+    end -= tl.program_id(1) * span
+    PARTS: tl.constexpr = 2 if HOW == "halves" else 1
+    AREA: tl.constexpr = 16 * K
+    t = tl.arange(0, 16)
+    kc = tl.arange(0, BK)
+    k1 = kc < K
+    row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
+    vc = row - BK
+    v1 = (vc >= 0) & (vc < V)
+    tile = t[:, None] * K + kc[None, :]
+    in_tile = (t < 16)[:, None] & k1[None, :]
+    small = t[:, None] * 16 + t[None, :]
+    hats_ptr += tile
+    through_ptr += PARTS * AREA + tile
+    direct_ptr += PARTS * 256 + small
+    enter_ptr = ends_ptr + K + kc
+    leave_ptr = ends_ptr + kc
+    index = (offset + end - 1).to(tl.int64) * H + h
+    S = tl.where(row[:, None] == kc[None, :], 1.0, 0.0)
+    S *= tl.load(enter_ptr + index * (2 * K), k1, other=0.0)[None, :]
+    unit = tl.load(units_ptr + index * 2 + 1)
+    if HAS_DY:
+        dy_ptr += (start * H + h) * V + ((t * (H * V))[:, None] + vc[None, :])
+        n = end - 1
+        vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
+        y = tl.load(dy_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
+    for i in range(span):
+        n = end - 1 - i
+        index = (offset + n).to(tl.int64) * H + h
+        more = i + 1 < span
+        leave = tl.load(leave_ptr + index * (2 * K), k1, other=0.0)
+        leave *= tl.load(enter_ptr + (index - H) * (2 * K), k1 & more, other=1.0)
+        next_unit = tl.load(units_ptr + (index - H) * 2 + 1, more, other=1.0)
+        W = tl.load(through_ptr + index * (2 * PARTS * AREA), in_tile, other=0.0)
+        W_low = W
+        if PARTS == 2:
+            W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
+        alpha = tl.load(hats_ptr + index * (5 * AREA), in_tile, other=0.0)
+        power = tl.full([ROWS], 1.0, tl.float32)
+        if HOW != "ieee":
+            power = tl.max(tl.abs(S), 1)
+        if HAS_DY:
+            vv = ((n - 1) * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
+            next_y = tl.load(dy_ptr + tl.cast((n - 1) * 16, tl.int64) * (H * V), vv, other=0.0)
+            rho = tl.load(hats_ptr + index * (5 * AREA) + 3 * AREA, in_tile, other=0.0)
+            P = tl.load(direct_ptr + index * (2 * PARTS * 256))
+            y = tl.trans(y.to(tl.float32)) * unit
+            if HOW != "ieee":
+                power = power_below(tl.maximum(power, tl.max(tl.abs(y), 1)))
+            y = narrow(y * (1.0 / power)[:, None], HOW)
+        elif HOW != "ieee":
+            power = power_below(power)
+        S *= (1.0 / power)[:, None]
+        half, half_low = split_hat(S, HOW)
+        Z = tl.zeros([ROWS, 16], tl.float32)
+        Z = hat_dot(half, half_low, tl.trans(W), tl.trans(W_low), Z, HOW)
+        if HAS_DY:
+            Z = tl.dot(y, tl.trans(P), acc=Z, input_precision="ieee")
+            if PARTS == 2:
+                P = tl.load(direct_ptr + index * (2 * PARTS * 256) + 256)
+                Z = tl.dot(y, tl.trans(P), acc=Z)
+            S = tl.dot(y, rho, acc=S, input_precision="ieee")
+        S = tl.dot(narrow(Z, HOW), alpha, acc=S, input_precision="ieee")
+        S *= leave[None, :] * power[:, None]
+        unit = next_unit
+        if HAS_DY:
+            y = next_y
+    at = (pair.to(tl.int64) * (tl.num_programs(1) + 1) + tl.program_id(1)) * ((BK + V) * BK)
+    tl.store(maps_ptr + at + row[:, None] * BK + kc[None, :], S, (row < BK + V)[:, None])

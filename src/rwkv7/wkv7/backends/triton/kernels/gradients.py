@@ -123,7 +123,7 @@ def step_gradients(
     dv = _dot(A, Z, dv)
     y_unit = q_unit
     if HAS_DY:
-        y_unit = tile_unit(dy, HOW) * r_unit
+        y_unit = tl.minimum(tile_unit(dy, HOW) * r_unit, q_unit)  # less where dy is zero alone
         dy = narrow(dy.to(tl.float32) * (r_unit / y_unit), HOW)
         dv = _dot(_by(A_r, y_unit / q_unit), dy, dv)
     tl.store(dv_ptr + at_v, (dv * (q_unit * k_unit)).to(dv_ptr.dtype.element_ty), vv)
@@ -140,7 +140,7 @@ def step_gradients(
     rho = tl.load(hats + 48 * K, kk, other=0.0)
 
     # The gradients of the scores, and their transposes: both of the same sums.
-    v_unit = tile_unit(v, HOW) * k_unit
+    v_unit = tl.minimum(tile_unit(v, HOW) * k_unit, p_unit)
     v = narrow(v.to(tl.float32) * (k_unit / v_unit), HOW)
     vp = v_unit / p_unit
     yq = y_unit / q_unit

@@ -131,19 +131,28 @@ def multiply(x: tl.tensor, y: tl.tensor, acc: tl.tensor, HOW: tl.constexpr):
 
 
 @triton.jit
-def row_powers(tile: tl.tensor):
-    """For each row the power of two at or below its largest element (1 for zeros and NaN)."""
-    largest = tl.max(tl.abs(tile), 1)
+def power_below(largest: tl.tensor):
+    """The power of two at or below a number (1 for zero and NaN)."""
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
 
 
 @triton.jit
+def row_powers(tile: tl.tensor):
+    """For each row the power of two at or below its largest element (1 for zeros and NaN)."""
+    return power_below(tl.max(tl.abs(tile), 1))
+
+
+@triton.jit
+def tile_largest(tile: tl.tensor):
+    """A tile's largest element without its sign, a scalar."""
+    return tl.max(tl.max(tl.abs(tile.to(tl.float32)), 1), 0)
+
+
+@triton.jit
 def tile_power(tile: tl.tensor):
     """The power of two at or below a tile's largest element, a scalar (1 for zeros and NaN)."""
-    largest = tl.max(tl.max(tl.abs(tile), 1), 0)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
+    return power_below(tile_largest(tile))
 
 
 @triton.jit
@@ -151,7 +160,7 @@ def tile_unit(tile: tl.tensor, HOW: tl.constexpr):
     """The power of two at or below a tile's largest element; 1 for "ieee"."""
     power = 1.0
     if HOW != "ieee":
-        power = tile_power(tile.to(tl.float32))
+        power = tile_power(tile)
     return power
 
 
