@@ -21,11 +21,10 @@ from .launch import start
 from .plan import (
     CHAIN,
     CHUNK,
-    GRADIENTS,
-    GRADIENTS_PART,
     STEP,
     WALK_ROWS,
     block,
+    gradients,
     map_rows,
     prepare,
     products,
@@ -65,7 +64,7 @@ class _Slab:
             m * 5 * STEP * K, m * 2 * tiles, m * 2 * square, m * 2 * square,
             m * V * K, m * parts * V * K, m * (1 + parts) * STEP * V,
         )  # fmt: skip
-        ends, units, scale, dscale = carve(call.v, torch.float32, m * 2 * K, m * 2, m, m)
+        ends, units, scale, dscale = carve(call.v, torch.float32, m * 2 * K, m * 4, m, m)
         return cls(
             hats, through, direct, scores, ends, units, states, scale, dstates, dscale, moved
         )
@@ -123,8 +122,7 @@ def backward(
             (call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
              slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
              dr, dw, dk, dv, da, db, *where),
-            {**sizes, **values, "PART": min(GRADIENTS_PART, block(K)), "LOGIT": logit,
-             "HAS_DY": has_dy, **GRADIENTS.options()},
+            {**sizes, **values, "LOGIT": logit, "HAS_DY": has_dy, **gradients(K).options()},
         )  # fmt: skip
     return dr, dw, dk, dv, da, db, dstate
 

@@ -107,7 +107,7 @@ def rewalk_steps(
     later = -H if BACK else H
     S *= tl.load(enter_ptr + index * (2 * K), k1, other=0.0)[None, :]
     # Triton's pipeline asks early only for what a product reads as it is: for these the loop does.
-    hat_unit = tl.load(units_ptr + index * 2 + SIDE)
+    hat_unit = tl.load(units_ptr + index * 4 + SIDE)
     if HAS_X:
         x_ptr += (start * H + h) * V + at_v
         vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
@@ -118,7 +118,7 @@ def rewalk_steps(
         more = i + 1 < end - begin
         leave = tl.load(leave_ptr + index * (2 * K), k1, other=0.0)
         next_enter = tl.load(enter_ptr + (index + later) * (2 * K), k1 & more, other=1.0)
-        next_unit = tl.load(units_ptr + (index + later) * 2 + SIDE, more, other=1.0)
+        next_unit = tl.load(units_ptr + (index + later) * 4 + SIDE, more, other=1.0)
         W = tl.load(through_ptr + index * (2 * PARTS * AREA), in_tile, other=0.0)
         W_low = W
         if PARTS == 2:
@@ -135,8 +135,12 @@ def rewalk_steps(
                 hats_ptr + index * (5 * AREA) + (3 if BACK else 2) * AREA, in_tile, other=0.0
             )
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
+            x_unit = hat_unit
             if HOW != "ieee":
-                unit = power_below(tl.maximum(unit, tile_largest(x) * hat_unit))
+                x_largest = tile_largest(x)
+                unit = power_below(tl.maximum(unit, x_largest * hat_unit))
+                x_unit = tl.minimum(power_below(x_largest) * hat_unit, unit)  # less for zeros alone
+            tl.store(units_ptr + index * 4 + 2 + SIDE, x_unit)
             xt = tl.trans(narrow(x.to(tl.float32) * (hat_unit / unit), HOW))
         elif HOW != "ieee":
             unit = power_below(unit)
@@ -223,7 +227,7 @@ def gradient_maps(
     index = (offset + end - 1).to(tl.int64) * H + h
     S = tl.where(row[:, None] == kc[None, :], 1.0, 0.0)
     S *= tl.load(enter_ptr + index * (2 * K), k1, other=0.0)[None, :]
-    unit = tl.load(units_ptr + index * 2 + 1)
+    unit = tl.load(units_ptr + index * 4 + 1)
     if HAS_DY:
         dy_ptr += (start * H + h) * V + ((t * (H * V))[:, None] + vc[None, :])
         n = end - 1
@@ -235,7 +239,7 @@ def gradient_maps(
         more = i + 1 < span
         leave = tl.load(leave_ptr + index * (2 * K), k1, other=0.0)
         leave *= tl.load(enter_ptr + (index - H) * (2 * K), k1 & more, other=1.0)
-        next_unit = tl.load(units_ptr + (index - H) * 2 + 1, more, other=1.0)
+        next_unit = tl.load(units_ptr + (index - H) * 4 + 1, more, other=1.0)
         W = tl.load(through_ptr + index * (2 * PARTS * AREA), in_tile, other=0.0)
         W_low = W
         if PARTS == 2:

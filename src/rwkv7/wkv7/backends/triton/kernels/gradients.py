@@ -1,11 +1,10 @@
-"""Backward, all steps of 16 tokens at once, a warp each: the gradients of a step's inputs."""
+"""Backward, all steps of 16 tokens at once, a program each: the gradients of a step's inputs."""
 
 import triton
 import triton.language as tl
 
 from .slabs import slab_step
-from .steps import turned
-from .tiles import LOG2E, LOGIT_SCALE, counting, multiply, narrow, tile_unit
+from .tiles import LOG2E, LOGIT_SCALE, counting, multiply, narrow
 
 
 @triton.jit
@@ -30,6 +29,19 @@ def _decay_and_slope(w, LOGIT: tl.constexpr):
         log = w * LOG2E
         slope = tl.full(w.shape, 1.0, tl.float32)
     return log, slope
+
+
+@triton.jit
+def _as_products(w, HOW: tl.constexpr):
+    """The tile [K, 16] where products leave theirs, by a product with one. An infinite number would
+    be NaN there: beyond 1e4 decays and slopes are what they are at it."""
+    if w.dtype == tl.float32 or HOW == "ieee":
+        w = w.to(tl.float32)
+    else:
+        t = tl.arange(0, 16)
+        one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(w.dtype)
+        w = tl.dot(tl.clamp(w.to(tl.float32), -1e4, 1e4).to(w.dtype), one)
+    return w
 
 
 @triton.jit
@@ -66,14 +78,13 @@ def step_gradients(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    PART: tl.constexpr,
     C: tl.constexpr,
     LOGIT: tl.constexpr,
     PACKED: tl.constexpr,
     HAS_DY: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """dr, dw, dk, da, db [B·T, H, K] and dv [B·T, H, V], PART channels of K at a time."""
+    """dr, dw, dk, da, db [B·T, H, K] and dv [B·T, H, V]."""
     h = tl.program_id(0) % H
     start, tokens = slab_step(tl.program_id(0) // H, low, L, cu, sequences, T, C, PACKED)
     if tokens <= 0:
@@ -91,136 +102,140 @@ def step_gradients(
     states_ptr += index * (V * K) + vc[:, None] * K
     dstates_ptr += index * (PARTS * V * K) + vc[:, None] * K
     hats_ptr += index * (80 * K)
-
-    # dv, where a repeated key makes little of much: what κ, E and the scores lose would be seen.
-    k_all = tl.arange(0, BK)
-    E_all = tl.load(dstates_ptr + k_all[None, :], v1[:, None] & (k_all < K)[None, :], other=0.0)
-    keys = hats_ptr + 32 * K + (t[:, None] * K + k_all[None, :])
-    in_keys = (t < 16)[:, None] & (k_all < K)[None, :]
-    keys_low = tl.load(keys + 32 * K, in_keys, other=0.0)
-    keys = tl.load(keys, in_keys, other=0.0)
+    kc = tl.arange(0, BK)
+    k1 = kc < K
+    inside = v1[:, None] & k1[None, :]
+    in_k = (t < 16)[:, None] & k1[None, :]
+    tile = t[:, None] * K + kc[None, :]
+    at_k = first * K + (kc[:, None] + (t * (H * K))[None, :])
+    kk = k1[:, None] & (t < tokens)[None, :]
     scores = scores_ptr + index * (PARTS * 512) + (t[:, None] * 16 + t[None, :])
-    A = tl.load(scores)
-    Z = tl.load(moved_ptr + 16 * V, in_moved, other=0.0)
-    if HAS_DY:
-        A_r = tl.load(scores + PARTS * 256)
-        dy = tl.load(dy_ptr + at_v, vv, other=0.0)
-    U = tl.load(moved_ptr, in_moved, other=0.0)
-    v = tl.load(v_ptr + at_v, vv, other=0.0)
     p_unit = tl.load(states_scale + index)
     q_unit = tl.load(dstates_scale + index)
-    k_unit = tl.load(units_ptr + index * 2)
-    r_unit = tl.load(units_ptr + index * 2 + 1)
-    dv = _dot(keys, tl.trans(E_all), tl.zeros([16, BV], tl.float32))
-    if HOW != "ieee":
-        dv = _dot(keys_low, tl.trans(E_all), dv)
-    if PARTS == 2:
-        in_E = v1[:, None] & (k_all < K)[None, :]
-        E_low = tl.load(dstates_ptr + V * K + k_all[None, :], in_E, other=0.0)
-        dv = _dot(keys, tl.trans(E_low), dv)
-        dv = _dot(tl.load(scores + 256), Z, dv)
-        dv = _dot(A, tl.load(moved_ptr + 32 * V, in_moved, other=0.0), dv)
-    dv = _dot(A, Z, dv)
+    k_unit = tl.load(units_ptr + index * 4)
+    r_unit = tl.load(units_ptr + index * 4 + 1)
+    v_unit = tl.load(units_ptr + index * 4 + 2)
     y_unit = q_unit
     if HAS_DY:
-        y_unit = tl.minimum(tile_unit(dy, HOW) * r_unit, q_unit)  # less where dy is zero alone
+        y_unit = tl.load(units_ptr + index * 4 + 3)
+    # Inside a branch, though there always are tokens: loads elsewhere the compiler moves to where
+    # they are read, and a warp then waits for memory several times.
+    if tokens > 0:
+        E = tl.load(dstates_ptr + kc[None, :], inside, other=0.0)
+        S = tl.load(states_ptr + kc[None, :], inside, other=0.0)
+        w = tl.load(w_ptr + at_k, kk, other=0.0)
+        Z = tl.load(moved_ptr + 16 * V, in_moved, other=0.0)
+        U = tl.load(moved_ptr, in_moved, other=0.0)
+        v = tl.load(v_ptr + at_v, vv, other=0.0)
+        dy = v
+        A = tl.load(scores)
+        A_r = A
+        alpha = tl.load(hats_ptr + tile, in_k, other=0.0)
+        beta = tl.load(hats_ptr + 16 * K + tile, in_k, other=0.0)
+        kappa = tl.load(hats_ptr + 32 * K + tile, in_k, other=0.0)
+        rho = tl.load(hats_ptr + 48 * K + tile, in_k, other=0.0)
+        kappa_low = tl.load(hats_ptr + 64 * K + tile, in_k, other=0.0)
+        if HAS_DY:
+            dy = tl.load(dy_ptr + at_v, vv, other=0.0)
+            A_r = tl.load(scores + PARTS * 256)
+    else:
+        E = tl.zeros([BV, BK], hats_ptr.dtype.element_ty)
+        S = E
+        w = tl.zeros([BK, 16], w_ptr.dtype.element_ty)
+        Z = tl.zeros([16, BV], hats_ptr.dtype.element_ty)
+        U = Z
+        v = tl.zeros([16, BV], v_ptr.dtype.element_ty)
+        dy = v
+        A = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
+        A_r = A
+        alpha = tl.zeros([16, BK], hats_ptr.dtype.element_ty)
+        beta = alpha
+        kappa = alpha
+        rho = alpha
+        kappa_low = alpha
+
+    # dv, where a repeated key makes little of much: what κ, E and the scores lose would be seen.
+    dv = _dot(E, tl.trans(kappa), tl.zeros([BV, 16], tl.float32))
+    if HOW != "ieee":
+        dv = _dot(E, tl.trans(kappa_low), dv)
+    if PARTS == 2:
+        E_low = tl.load(dstates_ptr + V * K + kc[None, :], inside, other=0.0)
+        dv = _dot(E_low, tl.trans(kappa), dv)
+        dv = _dot(tl.trans(Z), tl.trans(tl.load(scores + 256)), dv)
+        Z_low = tl.load(moved_ptr + 32 * V, in_moved, other=0.0)
+        dv = _dot(tl.trans(Z_low), tl.trans(A), dv)
+    dv = _dot(tl.trans(Z), tl.trans(A), dv)
+    if HAS_DY:
         dy = narrow(dy.to(tl.float32) * (r_unit / y_unit), HOW)
-        dv = _dot(_by(A_r, y_unit / q_unit), dy, dv)
-    tl.store(dv_ptr + at_v, (dv * (q_unit * k_unit)).to(dv_ptr.dtype.element_ty), vv)
+        dv = _dot(tl.trans(dy), tl.trans(_by(A_r, y_unit / q_unit)), dv)
+    at_vt = first * V + (vc[:, None] + (t * (H * V))[None, :])
+    vvt = v1[:, None] & (t < tokens)[None, :]
+    tl.store(dv_ptr + at_vt, (dv * (q_unit * k_unit)).to(dv_ptr.dtype.element_ty), vvt)
 
-    # Tiles are asked for a part ahead of their use.
-    c = tl.arange(0, PART)
-    at = first * K + (c[:, None] + (t * (H * K))[None, :])
-    hats = hats_ptr + (c[:, None] + (t * K)[None, :])
-    kk = (c < K)[:, None] & (t < tokens)[None, :]
-    w = tl.load(w_ptr + at, kk, other=0.0)
-    alpha = tl.load(hats, kk, other=0.0)
-    beta = tl.load(hats + 16 * K, kk, other=0.0)
-    kappa = tl.load(hats + 32 * K, kk, other=0.0)
-    rho = tl.load(hats + 48 * K, kk, other=0.0)
-
-    # The gradients of the scores, and their transposes: both of the same sums.
-    v_unit = tl.minimum(tile_unit(v, HOW) * k_unit, p_unit)
+    # The gradients of the scores.
     v = narrow(v.to(tl.float32) * (k_unit / v_unit), HOW)
     vp = v_unit / p_unit
     yq = y_unit / q_unit
-    below = t[:, None] > t[None, :]
     above = t[:, None] < t[None, :]
-    upto = t[:, None] >= t[None, :]
     from_it = t[:, None] <= t[None, :]
     no_cc = tl.zeros([16, 16], tl.float32)
-    vt = turned(v)
-    ut = turned(U)
-    zt = turned(Z)
-    ak = turned(_by(narrow(tl.where(below, _dot(Z, vt, no_cc), 0.0), HOW), vp))
-    ab = turned(narrow(tl.where(below, _dot(Z, ut, no_cc), 0.0), HOW))
-    ka = turned(narrow(tl.where(above, _dot(v, zt, no_cc), 0.0), HOW))
-    ba = turned(narrow(tl.where(above, _dot(U, zt, no_cc), 0.0), HOW))
+    zt = tl.trans(Z)
+    vz = narrow(tl.where(above, _dot(v, zt, no_cc), 0.0), HOW)
+    uz = narrow(tl.where(above, _dot(U, zt, no_cc), 0.0), HOW)
     if HAS_DY:
-        yt = turned(dy)
-        rk = turned(_by(narrow(tl.where(upto, _dot(dy, vt, no_cc), 0.0), HOW), vp))
-        rb = turned(narrow(tl.where(upto, _dot(dy, ut, no_cc), 0.0), HOW))
-        kr = turned(_by(narrow(tl.where(from_it, _dot(v, yt, no_cc), 0.0), HOW), yq))
-        br = turned(_by(narrow(tl.where(from_it, _dot(U, yt, no_cc), 0.0), HOW), yq))
-    ones = tl.full([BV, 16], 1.0, tl.float32)
-    from_each = tl.where(upto, 1.0, 0.0).to(tl.bfloat16)
+        yt = tl.trans(dy)
+        vy = narrow(tl.where(from_it, _dot(v, yt, no_cc), 0.0), HOW)
+        uy = narrow(tl.where(from_it, _dot(U, yt, no_cc), 0.0), HOW)
+    from_each = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(tl.bfloat16)
+    # A product with one brings a tile to the threads that have what products gave.
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(kappa.dtype)
 
-    for part in range(0, K, PART):
-        k1 = part + c < K
-        at_k = at + part
-        kk = k1[:, None] & (t < tokens)[None, :]
-        inside = v1[:, None] & k1[None, :]
-        S = tl.load(states_ptr + part + c[None, :], inside, other=0.0)
-        E = tl.load(dstates_ptr + part + c[None, :], inside, other=0.0)
-        later = (part + PART + c < K)[:, None] & (t < tokens)[None, :]
-        next_w = tl.load(w_ptr + at_k + PART, later, other=0.0)
-        next_alpha = tl.load(hats + (part + PART), later, other=0.0)
-        next_beta = tl.load(hats + (part + PART + 16 * K), later, other=0.0)
-        next_kappa = tl.load(hats + (part + PART + 32 * K), later, other=0.0)
-        next_rho = tl.load(hats + (part + PART + 48 * K), later, other=0.0)
-        none = tl.zeros([PART, 16], tl.float32)
-        decay, slope = _decay_and_slope(w, LOGIT)
-        decay = tl.where(kk, decay, 0.0)
-        g = multiply(decay, counting(16, 0), none, HOW)
-        before = tl.exp2(multiply(decay, counting(16, 1), none, HOW))
-        up = tl.exp2(g)
-        down = tl.exp2(-g)
+    none = tl.zeros([BK, 16], tl.float32)
+    decay, slope = _decay_and_slope(_as_products(w, HOW), LOGIT)
+    decay = tl.where(kk, decay, 0.0)
+    g = multiply(decay, counting(16, 0), none, HOW)
+    before = tl.exp2(multiply(decay, counting(16, 1), none, HOW))
+    up = tl.exp2(g)
+    down = tl.exp2(-g)
+    kappa = tl.trans(kappa)
+    alpha = tl.trans(alpha)
+    beta = tl.trans(beta)
+    rho = tl.trans(rho)
 
-        d = _dot(tl.trans(S), zt, none)
-        d = _dot(kappa, ak, d)
-        d = _dot(beta, ab, d) * (q_unit * p_unit)
-        after = alpha.to(tl.float32) * d
-        tl.store(da_ptr + at_k, (d * before).to(da_ptr.dtype.element_ty), kk)
-        arrives = after
-        d = none
-        if HAS_DY:
-            d = _dot(tl.trans(S), yt, none)
-            d = _dot(kappa, rk, d)
-            d = _dot(beta, rb, d) * (y_unit * p_unit)
-            arrives += rho.to(tl.float32) * d
-        tl.store(dr_ptr + at_k, (d * (up * (1.0 / r_unit))).to(dr_ptr.dtype.element_ty), kk)
-        d = _dot(tl.trans(E), vt, none)
-        hat = kappa.to(tl.float32)
-        passing = tl.sum(hat * d, 1) * (v_unit * q_unit)
-        d = _dot(alpha, ka, d)
-        if HAS_DY:
-            d = _dot(rho, kr, d)
-        d *= v_unit * q_unit
-        arrives -= hat * d
-        tl.store(dk_ptr + at_k, (d * (down * (1.0 / k_unit))).to(dk_ptr.dtype.element_ty), kk)
-        d = _dot(tl.trans(E), ut, none)
-        hat = beta.to(tl.float32)
-        passing += tl.sum(hat * d, 1) * (p_unit * q_unit)
-        d = _dot(alpha, ba, d)
-        if HAS_DY:
-            d = _dot(rho, br, d)
-        d *= p_unit * q_unit
-        arrives -= hat * d
-        tl.store(db_ptr + at_k, (d * down).to(db_ptr.dtype.element_ty), kk)
+    d = _dot(tl.trans(S), zt, none)
+    d = _dot(kappa, _by(vz, vp), d)
+    d = _dot(beta, uz, d) * (q_unit * p_unit)
+    after = _dot(alpha, one, none) * d
+    tl.store(da_ptr + at_k, (d * before).to(da_ptr.dtype.element_ty), kk)
+    arrives = after
+    d = none
+    if HAS_DY:
+        d = _dot(tl.trans(S), yt, none)
+        d = _dot(kappa, _by(vy, vp), d)
+        d = _dot(beta, uy, d) * (y_unit * p_unit)
+        arrives += _dot(rho, one, none) * d
+    tl.store(dr_ptr + at_k, (d * (up * (1.0 / r_unit))).to(dr_ptr.dtype.element_ty), kk)
+    d = _dot(tl.trans(E), tl.trans(v), none)
+    hat = _dot(kappa, one, none)
+    passing = tl.sum(hat * d, 1) * (v_unit * q_unit)
+    d = _dot(alpha, tl.trans(vz), d)
+    if HAS_DY:
+        d = _dot(rho, tl.trans(_by(vy, yq)), d)
+    d *= v_unit * q_unit
+    arrives -= hat * d
+    tl.store(dk_ptr + at_k, (d * (down * (1.0 / k_unit))).to(dk_ptr.dtype.element_ty), kk)
+    d = _dot(tl.trans(E), tl.trans(U), none)
+    hat = _dot(beta, one, none)
+    passing += tl.sum(hat * d, 1) * (p_unit * q_unit)
+    d = _dot(alpha, tl.trans(uz), d)
+    if HAS_DY:
+        d = _dot(rho, tl.trans(_by(uy, yq)), d)
+    d *= p_unit * q_unit
+    arrives -= hat * d
+    tl.store(db_ptr + at_k, (d * down).to(db_ptr.dtype.element_ty), kk)
 
-        # What arrives at the decays from this token on, and what passes to the state after the
-        # step: all that keys leave there, and what was there.
-        dlog = _dot(tl.trans(S * E), ones.to(S.dtype), none) * (p_unit * q_unit)
-        dlog = multiply(arrives, from_each, dlog, HOW) - after + passing[:, None]
-        tl.store(dw_ptr + at_k, (dlog * slope).to(dw_ptr.dtype.element_ty), kk)
-        w, alpha, beta, kappa, rho = next_w, next_alpha, next_beta, next_kappa, next_rho
+    # What arrives at the decays from this token on, and what passes to the state after the
+    # step: all that keys leave there, and what was there.
+    passing += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0) * (p_unit * q_unit)
+    dlog = multiply(arrives, from_each, none, HOW) - after + passing[:, None]
+    tl.store(dw_ptr + at_k, (dlog * slope).to(dw_ptr.dtype.element_ty), kk)

@@ -54,7 +54,8 @@ def prepare_steps(
     through [m, H, 2, 16, K] = W, W_b and direct [m, H, 2, 16, 16] = N, Pᵀ; scores
     [m, H, 2, 16, 16], κ·αᵀ and κ·ρᵀ of a key with later tokens (for "halves" two numbers each of
     W, W_b, N, Pᵀ and κ·αᵀ); ends [m, H, 2, K], the decays from the step's start to its middle and
-    from there to its end; units [m, H, 2], the powers of two out of κ and ρ."""
+    from there to its end; units [m, H, 4], the powers of two out of κ and ρ, and
+    room for those of v and dY, which the walks leave."""
     h = tl.program_id(0) % H
     start, tokens = slab_step(tl.program_id(0) // H, low, L, cu, sequences, T, C, PACKED)
     if tokens <= 0:
@@ -87,8 +88,8 @@ def prepare_steps(
 
     k_unit = tile_unit(k, HOW)
     r_unit = tile_unit(r, HOW)
-    tl.store(units_ptr + index * 2, k_unit)
-    tl.store(units_ptr + index * 2 + 1, r_unit)
+    tl.store(units_ptr + index * 4, k_unit)
+    tl.store(units_ptr + index * 4 + 1, r_unit)
     k = k.to(tl.float32) * (1.0 / k_unit)
     r = r.to(tl.float32) * (1.0 / r_unit)
     alpha, beta, kappa, rho, middle, whole = step_operands(r, w, k, a, b, kk, LOGIT, HOW)
