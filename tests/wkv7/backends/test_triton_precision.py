@@ -71,6 +71,15 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def assert_within_bounds(sample: Sample) -> None:
+    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)]
+    y, final = wkv7(*leaves, backend="triton")
+    gradients = torch.autograd.grad((y, final), leaves, (sample.dy, sample.dfinal))
+    found = dict(zip(RESULTS, (y, final, *gradients), strict=True))
+    errors, ok = Judge(sample).errors({n: x.detach() for n, x in found.items()}, "logit")
+    assert ok, " ".join(f"{n} {e:.1e}" for n, e in errors.items())
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", [*FEW_CHANNELS, *HARD], ids=str)
 @pytest.mark.usefixtures("rounding")
@@ -83,12 +92,7 @@ def test_within_the_bounds(case: Case, dtype: torch.dtype) -> None:
 def test_a_key_repeated_for_long(dtype: torch.dtype) -> None:
     """With hardly any decay the state's gradient grows, and little of it arrives at v."""
     sample = Sample(Shape(1, 256, 1, 64), dtype, torch.device("cpu"), repeated_key=True)
-    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)]
-    y, final = wkv7(*leaves, backend="triton")
-    gradients = torch.autograd.grad((y, final), leaves, (sample.dy, sample.dfinal))
-    found = dict(zip(RESULTS, (y, final, *gradients), strict=True))
-    errors, ok = Judge(sample).errors({n: x.detach() for n, x in found.items()}, "logit")
-    assert ok, " ".join(f"{n} {e:.1e}" for n, e in errors.items())
+    assert_within_bounds(sample)
 
 
 @pytest.mark.usefixtures("rounding")
@@ -135,9 +139,4 @@ def test_small_gradients_of_few_tokens(dtype: torch.dtype) -> None:
     sample.dy *= size
     sample.dy[:, :60] = 0
     sample.dfinal *= size
-    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)]
-    y, final = wkv7(*leaves, backend="triton")
-    gradients = torch.autograd.grad((y, final), leaves, (sample.dy, sample.dfinal))
-    found = dict(zip(RESULTS, (y, final, *gradients), strict=True))
-    errors, ok = Judge(sample).errors({n: x.detach() for n, x in found.items()}, "logit")
-    assert ok, " ".join(f"{n} {e:.1e}" for n, e in errors.items())
+    assert_within_bounds(sample)

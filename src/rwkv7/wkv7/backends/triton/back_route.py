@@ -16,13 +16,10 @@ from rwkv7.wkv7.contract import Call
 from .kernels.back_walks import gradient_maps, rewalk_steps
 from .kernels.gradients import step_gradients
 from .kernels.prepare import prepare_steps
-from .kernels.walks import chain_segments
 from .launch import start
 from .plan import (
-    CHAIN,
     CHUNK,
     STEP,
-    WALK_ROWS,
     block,
     gradients,
     map_rows,
@@ -33,6 +30,7 @@ from .plan import (
     slab_chunks,
 )
 from .saved import Saved, carve, chunk_count, operand_dtype
+from .segments import states_before
 
 STEPS = CHUNK // STEP
 
@@ -163,18 +161,14 @@ def _behind_segments(
     that behind the slab; given. where: steps of a segment, the slab's first chunk, chunks, T, H."""
     _, _, H, K, V = call.sizes
     pairs, BK, rows = call.sequences * H, block(K), map_rows(K)
-    maps, states = carve(
-        call.v, torch.float32, pairs * segments * (BK + V) * BK, pairs * segments * V * K
-    )
     sizes = {"K": K, "V": V, "BK": BK, "HOW": products(call.v)}
-    start(
-        gradient_maps, (pairs * (BK // rows + -(-V // rows)), segments - 1),
-        (dy, slab.hats, slab.through, slab.direct, slab.ends, slab.units, maps, *where),
-        {**sizes, "ROWS": rows, "C": CHUNK, "HAS_DY": dy is not None,
-         **rewalk(K, rows).options()},
-    )  # fmt: skip
-    start(
-        chain_segments, (pairs, -(-V // WALK_ROWS)), (maps, *behind, states, segments),
-        {**sizes, "BV": WALK_ROWS, **CHAIN.options()},
-    )  # fmt: skip
-    return states, 1
+
+    def find_maps(maps: Tensor) -> None:
+        start(
+            gradient_maps, (pairs * (BK // rows + -(-V // rows)), segments - 1),
+            (dy, slab.hats, slab.through, slab.direct, slab.ends, slab.units, maps, *where),
+            {**sizes, "ROWS": rows, "C": CHUNK, "HAS_DY": dy is not None,
+             **rewalk(K, rows).options()},
+        )  # fmt: skip
+
+    return states_before(call, segments, behind, sizes, find_maps), 1

@@ -5,7 +5,7 @@ routes of a first call are gone through without launching, and what they would l
 threads: Triton's passes run without the interpreter's lock, and assemblers are other processes.
 
 A compiled kernel is kept and started itself from then on: Triton's way to it through the function
-takes 23 to 28 us of the host for some twenty-five arguments, this one 14 to 16 (Triton 3.6).
+takes 23 to 28 µs of the host for some twenty-five arguments, this one 14 to 16 (Triton 3.6).
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any
 import torch
 
 Grid = tuple[int, ...]
-
-
 # Launches of one form run the same compiled kernel: kept with the constants that it is handed.
 Form = tuple[object, ...]
 _compiled: dict[Form, tuple[Any, tuple[Any, ...]]] = {}

@@ -10,10 +10,9 @@ from torch import Tensor
 from rwkv7.wkv7.contract import Call
 
 from .kernels.images import step_images
-from .kernels.walks import chain_segments, segment_maps, walk_segments
+from .kernels.walks import segment_maps, walk_segments
 from .launch import start
 from .plan import (
-    CHAIN,
     CHUNK,
     IMAGES,
     STEP,
@@ -25,6 +24,7 @@ from .plan import (
     walk_launch,
 )
 from .saved import Saved, carve, chunk_count, operand_dtype
+from .segments import states_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,14 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
         {**sizes, "LOGIT": call.decay == "logit", **IMAGES.options()},
     )  # fmt: skip
     span = segment(call, T)
-    segments, state = 1 if packed else -(-T // span), call.state
+    segments, begin = 1 if packed else -(-T // span), _given(call.state, final)
     if segments > 1:
-        state = _segment_states(call, images, span)
+        begin = _segment_states(call, images, span, begin), 1
     walks = S * H * -(-V // WALK_ROWS)
     start(
         walk_segments, (walks, segments),
         (images.tiles, images.write, images.direct, images.words, call.v,
-         *_given(state, final), y, final, saved and saved.states, saved and saved.states_scale,
+         *begin, y, final, saved and saved.states, saved and saved.states_scale,
          call.cu_seqlens, T, H, span),
         {**sizes, "V": V, "BV": WALK_ROWS, "SAVE": saved is not None,
          **walk_launch(call, walks * segments).options()},
@@ -83,24 +83,20 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     return y, final
 
 
-def _segment_states(call: Call, images: Images, span: int) -> Tensor:
-    """The state before every segment, fp32 [pairs, segments, V, K]."""
+def _segment_states(call: Call, images: Images, span: int, begin: tuple[Tensor, int]) -> Tensor:
+    """The state before every segment, fp32 [pairs, segments, V, K], from that before the first."""
     _, T, H, K, V = call.sizes
-    pairs, segments, BK, BV = call.sequences * H, -(-T // span), chunk_block(K), WALK_ROWS
-    maps, states = carve(
-        call.v, torch.float32, pairs * segments * (BK + V) * BK, pairs * segments * V * K
-    )
-    sizes = {"K": K, "V": V, "BK": BK, "BV": BV, "HOW": products(call.v)}
-    start(
-        segment_maps, (pairs * (BK // BV + -(-V // BV)), segments - 1),
-        (images.tiles, images.write, images.words, call.v, maps, T, H, span),
-        {**sizes, "C": CHUNK, **WALK.options()},
-    )  # fmt: skip
-    start(
-        chain_segments, (pairs, -(-V // BV)),
-        (maps, *_given(call.state, states), states, segments), {**sizes, **CHAIN.options()},
-    )  # fmt: skip
-    return states
+    pairs, segments, BK = call.sequences * H, -(-T // span), chunk_block(K)
+    sizes = {"K": K, "V": V, "BK": BK, "HOW": products(call.v)}
+
+    def find_maps(maps: Tensor) -> None:
+        start(
+            segment_maps, (pairs * (BK // WALK_ROWS + -(-V // WALK_ROWS)), segments - 1),
+            (images.tiles, images.write, images.words, call.v, maps, T, H, span),
+            {**sizes, "BV": WALK_ROWS, "C": CHUNK, **WALK.options()},
+        )  # fmt: skip
+
+    return states_before(call, segments, begin, sizes, find_maps)
 
 
 def _given(state: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
