@@ -35,17 +35,13 @@ class Part:
     kernel needs one.
     """
 
-    __slots__ = ("_address", "_begin", "_count", "_memory", "dtype")
+    __slots__ = ("_begin", "_count", "_memory", "address", "dtype", "kind")
 
     def __init__(self, memory: Tensor, dtype: torch.dtype, begin: int, count: int) -> None:
         """`count` elements of `dtype`, from byte `begin` on."""
-        self.dtype = dtype
         self._memory, self._begin, self._count = memory, begin, count
-        self._address = memory.data_ptr() + begin
-
-    def data_ptr(self) -> int:
-        """Where it begins."""
-        return self._address
+        self.dtype, self.address = dtype, memory.data_ptr() + begin
+        self.kind = _kind(dtype, self.address)
 
     def tensor(self) -> Tensor:
         """The same memory as a flat tensor."""
@@ -149,14 +145,21 @@ def _seen(arguments: Arguments) -> tuple[Form, Addresses]:
     kinds: list[object] = []
     addresses: Addresses = []
     for x in arguments:
-        if x is None or isinstance(x, int):
+        if isinstance(x, Part):
+            kinds.append(x.kind)
+            addresses.append(x.address)
+        elif x is None or isinstance(x, int):
             kinds.append(x if x is None else x.bit_length() < 32)
             addresses.append(x)
         else:
             address = x.data_ptr()
-            kinds.append(x.dtype if address % 16 == 0 else (x.dtype, "anywhere"))
+            kinds.append(_kind(x.dtype, address))
             addresses.append(address)
     return tuple(kinds), addresses
+
+
+def _kind(dtype: torch.dtype, address: int) -> object:
+    return dtype if address % 16 == 0 else (dtype, "anywhere")
 
 
 def _tensors(arguments: Arguments) -> tuple[Tensor | int | None, ...]:
