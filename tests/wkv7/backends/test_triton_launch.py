@@ -173,7 +173,7 @@ def test_parts_of_memory_are_apart_and_are_tensors_for_triton_alone():
 
 def test_a_part_begins_where_it_says():
     memory = torch.arange(8, dtype=torch.float32)
-    part = Part(memory, torch.float32, 8, 3)
+    part = Part(memory, memory.data_ptr(), torch.float32, 8, 3)
     assert part.tensor().tolist() == [2, 3, 4] and part.address == memory[2:].data_ptr()
 
 

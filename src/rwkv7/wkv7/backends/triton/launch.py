@@ -37,10 +37,12 @@ class Part:
 
     __slots__ = ("_begin", "_count", "_memory", "address", "dtype", "kind")
 
-    def __init__(self, memory: Tensor, dtype: torch.dtype, begin: int, count: int) -> None:
-        """`count` elements of `dtype`, from byte `begin` on."""
+    def __init__(
+        self, memory: Tensor, address: int, dtype: torch.dtype, begin: int, count: int
+    ) -> None:
+        """`count` elements of `dtype` from byte `begin` of `memory` on, which is at `address`."""
         self._memory, self._begin, self._count = memory, begin, count
-        self.dtype, self.address = dtype, memory.data_ptr() + begin
+        self.dtype, self.address = dtype, address + begin
         self.kind = _kind(dtype, self.address)
 
     def tensor(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -38,25 +39,30 @@ class Saved:
     @classmethod
     def view(cls, call: Call, memory: Tensor) -> Saved:
         """The fields inside a flat fp32 tensor of `words`."""
-        rows = _rows(call)
-        return cls(
-            Part(memory, torch.float32, 0, rows),
-            Part(memory, operand_dtype(call), 4 * _aligned(rows), rows * call.sizes[3]),
-        )
+        rows, address = _rows(call), memory.data_ptr()
+        states = operand_dtype(call), 4 * _aligned(rows), rows * call.sizes[3]
+        return cls(Part(memory, address, torch.float32, 0, rows), Part(memory, address, *states))
 
 
 def carve(x: Tensor, *parts: tuple[torch.dtype, int]) -> list[Part]:
     """So many elements of each dtype on the device of x, in one allocation: the host takes longer
     over each than over a launch. They begin where kernels expect it, on 16 bytes."""
-    begins, total = [], 0
+    size, places = _places(parts)
+    memory = x.new_empty(size, dtype=torch.uint8)
+    address = memory.data_ptr()
+    return [Part(memory, address, *place) for place in places]
+
+
+@functools.lru_cache(64)
+def _places(
+    parts: tuple[tuple[torch.dtype, int], ...],
+) -> tuple[int, list[tuple[torch.dtype, int, int]]]:
+    """Bytes of all parts, and of each its dtype, the byte at which it begins, and its elements."""
+    size, places = 0, []
     for dtype, count in parts:
-        begins.append(total)
-        total += -(-count * dtype.itemsize // 64) * 64
-    memory = x.new_empty(total, dtype=torch.uint8)
-    return [
-        Part(memory, dtype, begin, count)
-        for (dtype, count), begin in zip(parts, begins, strict=True)
-    ]
+        places.append((dtype, size, count))
+        size += -(-count * dtype.itemsize // 64) * 64
+    return size, places
 
 
 def operand_dtype(call: Call) -> torch.dtype:
