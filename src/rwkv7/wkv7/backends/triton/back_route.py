@@ -56,11 +56,11 @@ class _Slab:
     def empty(cls, call: Call, steps: int) -> _Slab:
         _, _, H, K, V = call.sizes
         m, parts = steps * H, 2 if products(call.v) == "halves" else 1
-        tiles, square = parts * STEP * K, parts * STEP * STEP
+        tile, square = STEP * K, STEP * STEP
         hats, through, direct, scores, states, dstates, moved = carve(
             call.v, operand_dtype(call),
-            m * 5 * STEP * K, m * 2 * tiles, m * 2 * square, m * 2 * square,
-            m * V * K, m * parts * V * K, m * (1 + parts) * STEP * V,
+            m * (4 + parts) * tile, m * 2 * parts * tile, m * 2 * parts * square, m * square,
+            m * V * K, m * parts * V * K, m * 2 * STEP * V,
         )  # fmt: skip
         ends, units, scale, dscale = carve(call.v, torch.float32, m * 2 * K, m * 4, m, m)
         return cls(
