@@ -91,7 +91,7 @@ def test_within_the_bounds(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("rounding")
 def test_a_key_repeated_for_long(dtype: torch.dtype) -> None:
     """With hardly any decay the state's gradient grows, and little of it arrives at v."""
-    sample = Sample(Shape(1, 256, 1, 64), dtype, torch.device("cpu"), repeated_key=True)
+    sample = Sample(Shape(1, 600, 1, 64), dtype, torch.device("cpu"), repeated_key=True)
     assert_within_bounds(sample)
 
 

@@ -57,16 +57,16 @@ class _Slab:
     def empty(cls, call: Call, how: str, steps: int) -> _Slab:
         _, _, H, K, V = call.sizes
         m, parts = steps * H, 2 if how == "halves" else 1
-        tiles, square = parts * STEP * K, parts * STEP * STEP
+        tile, square = STEP * K, STEP * STEP
         operand, word = operand_dtype(call), torch.float32
         return cls(*carve(
             call.v,
-            (operand, m * 5 * STEP * K), (operand, m * 2 * tiles),
-            (operand, m * 2 * square), (operand, m * 2 * square),
+            (operand, m * (4 + parts) * tile), (operand, m * 2 * parts * tile),
+            (operand, m * 2 * parts * square), (operand, m * square),
             (word, m * 2 * K), (word, m * 4),
             (operand, m * V * K), (word, m),
             (operand, m * parts * V * K), (word, m),
-            (operand, m * (1 + parts) * STEP * V),
+            (operand, m * 2 * STEP * V),
         ))  # fmt: skip
 
 

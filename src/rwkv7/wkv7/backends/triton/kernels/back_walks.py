@@ -50,8 +50,8 @@ def rewalk_steps(
     HOW: tl.constexpr,
 ):
     """states [m, H, V, K]: S' or E' of every step of a slab; states_scale [m, H], the power of two
-    taken out of it; moved [m, H, 2, 16, V]: U or Z, divided by the same. For "halves" E' and Z are
-    two numbers each, [m, H, 2, V, K] and [m, H, 3, 16, V].
+    taken out of it; moved [m, H, 2, 16, V]: U or Z, divided by the same. For "halves" E' is two
+    numbers, [m, H, 2, V, K].
 
     Forward a program walks one chunk from its saved state, begin [n, H, V, K] and begin_scale; back
     a segment of `span` steps of one sequence, from E behind it, begin [S · H, segments, V, K],
@@ -89,6 +89,7 @@ def rewalk_steps(
         )
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K
+    HATS: tl.constexpr = (4 + PARTS) * AREA
     SIDE: tl.constexpr = 1 if BACK else 0
     KEPT: tl.constexpr = PARTS if BACK else 1
     tile = t[:, None] * K + kc[None, :]
@@ -123,7 +124,7 @@ def rewalk_steps(
         W_low = W
         if PARTS == 2:
             W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
-        second = tl.load(hats_ptr + index * (5 * AREA) + (0 if BACK else AREA), in_tile, other=0.0)
+        second = tl.load(hats_ptr + index * HATS + (0 if BACK else AREA), in_tile, other=0.0)
         unit = 1.0
         if HOW != "ieee":
             unit = tile_largest(S)
@@ -131,9 +132,7 @@ def rewalk_steps(
             n += -1 if BACK else 1
             vv = (n * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_x = tl.load(x_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
-            first = tl.load(
-                hats_ptr + index * (5 * AREA) + (3 if BACK else 2) * AREA, in_tile, other=0.0
-            )
+            first = tl.load(hats_ptr + index * HATS + (3 if BACK else 2) * AREA, in_tile, other=0.0)
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
             x_unit = hat_unit
             if HOW != "ieee":
@@ -158,12 +157,9 @@ def rewalk_steps(
                 D = tl.load(direct_ptr + index * (2 * PARTS * 256) + 256)
                 U = tl.dot(xt, tl.trans(D), acc=U)
             S = tl.dot(xt, first, acc=S, input_precision="ieee")
-        at_moved = moved_ptr + index * ((1 + PARTS) * 16 * V) + moved
-        U, U_low = split_hat(U, HOW)
+        U = narrow(U, HOW)
         S = tl.dot(U, second, acc=S, input_precision="ieee")
-        tl.store(at_moved, tl.trans(U), in_moved)
-        if KEPT == 2:
-            tl.store(at_moved + 16 * V, tl.trans(U_low), in_moved)
+        tl.store(moved_ptr + index * (32 * V) + moved, tl.trans(U), in_moved)
         # One factor after the other, as where a slab ends between them: bits do not depend on it.
         S *= (leave * unit)[None, :]
         S *= next_enter[None, :]
@@ -210,6 +206,7 @@ def gradient_maps(
     end -= tl.program_id(1) * span
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K
+    HATS: tl.constexpr = (4 + PARTS) * AREA
     t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
     k1 = kc < K
@@ -244,14 +241,14 @@ def gradient_maps(
         W_low = W
         if PARTS == 2:
             W_low = tl.load(through_ptr + index * (2 * PARTS * AREA) + AREA, in_tile, other=0.0)
-        alpha = tl.load(hats_ptr + index * (5 * AREA), in_tile, other=0.0)
+        alpha = tl.load(hats_ptr + index * HATS, in_tile, other=0.0)
         power = tl.full([ROWS], 1.0, tl.float32)
         if HOW != "ieee":
             power = tl.max(tl.abs(S), 1)
         if HAS_DY:
             vv = ((n - 1) * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_y = tl.load(dy_ptr + tl.cast((n - 1) * 16, tl.int64) * (H * V), vv, other=0.0)
-            rho = tl.load(hats_ptr + index * (5 * AREA) + 3 * AREA, in_tile, other=0.0)
+            rho = tl.load(hats_ptr + index * HATS + 3 * AREA, in_tile, other=0.0)
             P = tl.load(direct_ptr + index * (2 * PARTS * 256))
             y = tl.trans(y.to(tl.float32)) * unit
             if HOW != "ieee":

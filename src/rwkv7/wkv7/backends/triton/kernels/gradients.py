@@ -97,11 +97,11 @@ def step_gradients(
     index = tl.program_id(0).to(tl.int64)
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     at_v = first * V + ((t * (H * V))[:, None] + vc[None, :])
-    moved_ptr += index * ((1 + PARTS) * 16 * V) + (t[:, None] * V + vc[None, :])
+    moved_ptr += index * (32 * V) + (t[:, None] * V + vc[None, :])
     in_moved = (t < 16)[:, None] & v1[None, :]
     states_ptr += index * (V * K) + vc[:, None] * K
     dstates_ptr += index * (PARTS * V * K) + vc[:, None] * K
-    hats_ptr += index * (80 * K)
+    hats_ptr += index * ((4 + PARTS) * 16 * K)
     kc = tl.arange(0, BK)
     k1 = kc < K
     inside = v1[:, None] & k1[None, :]
@@ -109,7 +109,7 @@ def step_gradients(
     tile = t[:, None] * K + kc[None, :]
     at_k = first * K + (kc[:, None] + (t * (H * K))[None, :])
     kk = k1[:, None] & (t < tokens)[None, :]
-    scores = scores_ptr + index * (PARTS * 512) + (t[:, None] * 16 + t[None, :])
+    scores_ptr += index * 256 + (t[:, None] * 16 + t[None, :])
     p_unit = tl.load(states_scale + index)
     q_unit = tl.load(dstates_scale + index)
     k_unit = tl.load(units_ptr + index * 4)
@@ -128,16 +128,15 @@ def step_gradients(
         U = tl.load(moved_ptr, in_moved, other=0.0)
         v = tl.load(v_ptr + at_v, vv, other=0.0)
         dy = v
-        A = tl.load(scores)
-        A_r = A
+        G = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
         alpha = tl.load(hats_ptr + tile, in_k, other=0.0)
         beta = tl.load(hats_ptr + 16 * K + tile, in_k, other=0.0)
         kappa = tl.load(hats_ptr + 32 * K + tile, in_k, other=0.0)
         rho = tl.load(hats_ptr + 48 * K + tile, in_k, other=0.0)
-        kappa_low = tl.load(hats_ptr + 64 * K + tile, in_k, other=0.0)
+        R = tl.load(hats_ptr + 64 * K + tile, in_k, other=0.0)
         if HAS_DY:
             dy = tl.load(dy_ptr + at_v, vv, other=0.0)
-            A_r = tl.load(scores + PARTS * 256)
+            G = tl.load(scores_ptr)
     else:
         E = tl.zeros([BV, BK], hats_ptr.dtype.element_ty)
         S = E
@@ -146,28 +145,21 @@ def step_gradients(
         U = Z
         v = tl.zeros([16, BV], v_ptr.dtype.element_ty)
         dy = v
-        A = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
-        A_r = A
+        G = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
         alpha = tl.zeros([16, BK], hats_ptr.dtype.element_ty)
         beta = alpha
         kappa = alpha
         rho = alpha
-        kappa_low = alpha
+        R = alpha
 
-    # dv, where a repeated key makes little of much: what κ, E and the scores lose would be seen.
-    dv = _dot(E, tl.trans(kappa), tl.zeros([BV, 16], tl.float32))
-    if HOW != "ieee":
-        dv = _dot(E, tl.trans(kappa_low), dv)
+    dv = _dot(E, tl.trans(R), tl.zeros([BV, 16], tl.float32))
     if PARTS == 2:
+        dv = _dot(E, tl.trans(tl.load(hats_ptr + 80 * K + tile, in_k, other=0.0)), dv)
         E_low = tl.load(dstates_ptr + V * K + kc[None, :], inside, other=0.0)
-        dv = _dot(E_low, tl.trans(kappa), dv)
-        dv = _dot(tl.trans(Z), tl.trans(tl.load(scores + 256)), dv)
-        Z_low = tl.load(moved_ptr + 32 * V, in_moved, other=0.0)
-        dv = _dot(tl.trans(Z_low), tl.trans(A), dv)
-    dv = _dot(tl.trans(Z), tl.trans(A), dv)
+        dv = _dot(E_low, tl.trans(R), dv)
     if HAS_DY:
         dy = narrow(dy.to(tl.float32) * (r_unit / y_unit), HOW)
-        dv = _dot(tl.trans(dy), tl.trans(_by(A_r, y_unit / q_unit)), dv)
+        dv = _dot(tl.trans(dy), tl.trans(_by(G, y_unit / q_unit)), dv)
     at_vt = first * V + (vc[:, None] + (t * (H * V))[None, :])
     vvt = v1[:, None] & (t < tokens)[None, :]
     tl.store(dv_ptr + at_vt, (dv * (q_unit * k_unit)).to(dv_ptr.dtype.element_ty), vvt)

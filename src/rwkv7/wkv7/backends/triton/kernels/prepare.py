@@ -1,7 +1,9 @@
 """Backward, all steps of 16 tokens at once, a warp each: what the walks and the gradients read.
 
 Letters as in images.py, of a step and with exponents from its middle: U = W·Sᵀ + N·V is what the
-tokens remove, Z = W_b·Eᵀ + Pᵀ·dY its gradient; W = X·α, N = X·A_ak, W_b = Xᵀ·β, P = A_rb·X.
+tokens remove, Z = W_b·Eᵀ + Pᵀ·dY its gradient; W = X·α, N = X·A_ak, W_b = Xᵀ·β, P = A_rb·X; and
+R = κ + Nᵀ·β, G = A_rk + A_rb·N, as forward, for dV = R·Eᵀ + Gᵀ·dY: what a repeated key takes away
+is away in them, where from κ, A_ak and Z it would be a small sum of large terms.
 
 Powers of two keep fp16 in its range: of κ and of ρ the size of k and r is taken out, and V and dY
 take it on, for they come together everywhere.
@@ -50,12 +52,11 @@ def prepare_steps(
     PACKED: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """For m steps of a slab: hats [m, H, 5, 16, K] = α, β, κ, ρ, and what rounding left of κ;
-    through [m, H, 2, 16, K] = W, W_b and direct [m, H, 2, 16, 16] = N, Pᵀ; scores
-    [m, H, 2, 16, 16], κ·αᵀ and κ·ρᵀ of a key with later tokens (for "halves" two numbers each of
-    W, W_b, N, Pᵀ and κ·αᵀ); ends [m, H, 2, K], the decays from the step's start to its middle and
-    from there to its end; units [m, H, 4], the powers of two out of κ and ρ, and
-    room for those of v and dY, which the walks leave."""
+    """For m steps of a slab: hats [m, H, 5, 16, K] = α, β, κ, ρ, R; through [m, H, 2, 16, K] = W,
+    W_b; direct [m, H, 2, 16, 16] = N, Pᵀ (for "halves" two numbers each of R, W, W_b, N and Pᵀ);
+    scores [m, H, 16, 16] = Gᵀ; ends [m, H, 2, K], the decays from the step's start to its middle
+    and from there to its end; units [m, H, 4], the powers of two out of κ and ρ, and room for those
+    of v and dY, which the walks leave."""
     h = tl.program_id(0) % H
     start, tokens = slab_step(tl.program_id(0) // H, low, L, cu, sequences, T, C, PACKED)
     if tokens <= 0:
@@ -74,10 +75,10 @@ def prepare_steps(
     in_tile = (t < 16)[:, None] & k1[None, :]
     square = t[:, None] * 16 + t[None, :]
     every = (t < 16)[:, None] & (t < 16)[None, :]
-    hats_ptr += index * (5 * AREA) + tile
+    hats_ptr += index * ((4 + PARTS) * AREA) + tile
     through_ptr += index * (2 * PARTS * AREA) + tile
     direct_ptr += index * (2 * PARTS * 256) + square
-    scores_ptr += index * (2 * PARTS * 256) + square
+    scores_ptr += index * 256 + square
     below = t[:, None] > t[None, :]
     above = t[:, None] < t[None, :]
     upto = t[:, None] >= t[None, :]
@@ -103,23 +104,31 @@ def prepare_steps(
     tl.store(hats_ptr + AREA, be, in_tile)
     tl.store(hats_ptr + 2 * AREA, ka, in_tile)
     tl.store(hats_ptr + 3 * AREA, rh, in_tile)
-    tl.store(hats_ptr + 4 * AREA, ka_low, in_tile)
     A_ab = tl.where(below, dot_turned(al, al_low, be, be_low, none, HOW), 0.0)
     A_ba = tl.where(above, dot_turned(be, be_low, al, al_low, none, HOW), 0.0)
     X, Xt = step_inverse(A_ab, A_ba, PAIR)
     x, x_low = split_hat(X, PAIR)
     xt, xt_low = split_hat(Xt, PAIR)
     A = tl.where(above, dot_turned(ka, ka_low, al, al_low, none, PAIR), 0.0)
-    _store_halves(A, scores_ptr, every, 256, HOW)
     A, A_low = split_hat(A, PAIR)
     _store_halves(dot_turned(x, x_low, A, A_low, none, PAIR), direct_ptr, every, 256, HOW)
+    n, n_low = split_hat(dot_turned(A, A_low, x, x_low, none, PAIR), PAIR)
     A = tl.where(upto, dot_turned(rh, rh_low, be, be_low, none, HOW), 0.0)
     A, A_low = split_hat(A, PAIR)
     P = dot_turned(xt, xt_low, A, A_low, none, PAIR)
     _store_halves(P, direct_ptr + PARTS * 256, every, 256, HOW)
-    A = tl.where(from_it, dot_turned(ka, ka_low, rh, rh_low, none, HOW), 0.0)
-    tl.store(scores_ptr + PARTS * 256, narrow(A, HOW))
+    G = tl.where(from_it, dot_turned(ka, ka_low, rh, rh_low, none, HOW), 0.0)
+    tl.store(scores_ptr, narrow(dot_turned(n, n_low, A, A_low, G, PAIR), HOW))
     W = hat_dot(x, x_low, al, al_low, no_k, PAIR)
     _store_halves(W, through_ptr, in_tile, AREA, HOW)
     W = hat_dot(xt, xt_low, be, be_low, no_k, PAIR)
     _store_halves(W, through_ptr + PARTS * AREA, in_tile, AREA, HOW)
+    R = hat_dot(n, n_low, be, be_low, no_k, PAIR)
+    if PAIR == "halves":
+        # A product with one adds κ where the sum is, which keeps fewer registers till here.
+        one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(ka.dtype)
+        R = tl.dot(one, ka, acc=R)
+        R = tl.dot(one, ka_low, acc=R)
+    else:
+        R += kappa
+    _store_halves(R, hats_ptr + 4 * AREA, in_tile, AREA, HOW)
