@@ -112,6 +112,7 @@ def step_images(
         return
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     VALUE_PARTS: tl.constexpr = 1 if HOW == "ieee" else 2
+    PAIR: tl.constexpr = "ieee" if HOW == "ieee" else "halves"
     AREA: tl.constexpr = 16 * BK
     t = tl.arange(0, 16)
     kc = tl.arange(0, 64)
@@ -137,7 +138,7 @@ def step_images(
             r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
         alpha, beta, kappa, rho, middle, whole = step_operands(r, w, k, a, b, kk, LOGIT, HOW)
         al, al_low = split_hat(alpha, HOW)
-        be, be_low = split_hat(beta, HOW)
+        be, be_low = split_hat(beta, PAIR)
         kappa *= 1.0 / k_power
         rho *= 1.0 / r_power
         ka, ka_low = split_hat(kappa, HOW)
@@ -157,20 +158,22 @@ def step_images(
             r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first + part, at, kk)
             alpha, beta, kappa, rho, middle, whole = step_operands(r, w, k, a, b, kk, LOGIT, HOW)
             al, al_low = split_hat(alpha, HOW)
-            be, be_low = split_hat(beta, HOW)
+            be, be_low = split_hat(beta, PAIR)
             kappa *= 1.0 / k_power
             rho *= 1.0 / r_power
         to_start = tl.exp2(middle)[None, :]
         to_end = tl.exp2(whole - middle)
         tl.store(words_ptr + part + kc, tl.exp2(whole))
         # Right factors with tokens as rows: the way through shared memory is shorter here.
-        al, al_low = tl.trans(turned(al)), tl.trans(turned(al_low))
         be, be_low = tl.trans(turned(be)), tl.trans(turned(be_low))
-        W = hat_dot(x, x_low, al, al_low, tl.zeros([16, 64], tl.float32), HOW)
-        Q = hat_dot(p, p_low, al, al_low, rho, HOW)
         R = hat_dot(n, n_low, be, be_low, kappa, HOW)
-        B = beta * to_end[None, :]
-        store_parts(W * to_start, tiles_ptr + part, 2 * AREA, PARTS)
-        store_parts(Q * to_start, tiles_ptr + AREA + part, 2 * AREA, PARTS)
-        store_parts(B, tiles_ptr + 2 * PARTS * AREA + part, AREA, PARTS)
+        if HOW == "half":
+            # On a repeated key little is left of κ, and every step leaves its error in the state.
+            R = tl.dot(n, be_low, acc=R)
         store_parts(R * (to_end * k_power)[None, :], write_ptr + part, AREA, VALUE_PARTS)
+        store_parts(beta * to_end[None, :], tiles_ptr + 2 * PARTS * AREA + part, AREA, PARTS)
+        al, al_low = tl.trans(turned(al)), tl.trans(turned(al_low))
+        W = hat_dot(x, x_low, al, al_low, tl.zeros([16, 64], tl.float32), HOW)
+        store_parts(W * to_start, tiles_ptr + part, 2 * AREA, PARTS)
+        Q = hat_dot(p, p_low, al, al_low, rho, HOW)
+        store_parts(Q * to_start, tiles_ptr + AREA + part, 2 * AREA, PARTS)
