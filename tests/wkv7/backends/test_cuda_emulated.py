@@ -242,9 +242,9 @@ def test_segments_at_once(
     assert emulator.launches == forward + backward
 
 
-def small_slabs(chunks: int, *_: int) -> list[int]:
+def small_slabs(chunks: int, *_: int) -> tuple[int, ...]:
     """Of one chunk, then of four, which is more than a ring has places for."""
-    return [1, *[4] * ((chunks - 1) // 4), *[(chunks - 1) % 4] * ((chunks - 1) % 4 > 0)]
+    return 1, *[4] * ((chunks - 1) // 4), *[(chunks - 1) % 4] * ((chunks - 1) % 4 > 0)
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def _cut(call: Call) -> Segments | None:
     return Segments.of(call, tokens) if tokens else None
 
 
-def _slabs(call: Call) -> list[int]:
+def _slabs(call: Call) -> tuple[int, ...]:
     return plan.slabs(call, launch.card(call.r.device))
 
 

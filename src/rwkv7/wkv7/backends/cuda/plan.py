@@ -8,6 +8,7 @@ sequence's bits are the same alone, batched and packed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ DECAYS = ("logit", "log_bounded")
 Macros = tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
-    """A kernel in `kernels/`, and how it is launched.
+    """A kernel in `kernels/`, and how it is launched. Those of `KERNELS` alone, told apart as
+    objects: every launch looks one up.
 
     Attributes:
         name: the file is `name`.cu, the function wkv7_`name`.
@@ -116,12 +118,17 @@ def least_shared(head: int) -> int:
 
 def macros(call: Call, own: Mapping[str, bool]) -> Macros:
     """How a kernel is compiled for the call; `own`: the kernel's own macros."""
+    common = _common_macros(call.v.dtype, call.w.dtype, call.decay, call.cu_seqlens is not None)
+    return common + tuple([(name, int(value)) for name, value in own.items()])
+
+
+@functools.cache
+def _common_macros(v: torch.dtype, w: torch.dtype, decay: str, packed: bool) -> Macros:
     return (
-        ("INPUT_FP16", int(call.v.dtype == torch.float16)),
-        ("W_FP32", int(call.w.dtype == torch.float32)),
-        ("LOGIT", int(call.decay == "logit")),
-        ("PACKED", int(call.cu_seqlens is not None)),
-        *((name, int(value)) for name, value in own.items()),
+        ("INPUT_FP16", int(v == torch.float16)),
+        ("W_FP32", int(w == torch.float32)),
+        ("LOGIT", int(decay == "logit")),
+        ("PACKED", int(packed)),
     )
 
 
@@ -148,19 +155,20 @@ def segment(call: Call, card: Card) -> int | None:
     return tokens if -(-T // tokens) >= FEWEST_SEGMENTS else None
 
 
-def slabs(call: Call, card: Card) -> list[int]:
+def slabs(call: Call, card: Card) -> tuple[int, ...]:
     """Chunks of every sequence that each launch of a relay prepares, in order; none: no relay."""
     B, T, H, *_ = call.sizes
     chunks, pairs = -(-T // CHUNK), B * H
     if call.invariant or call.cu_seqlens is not None or chunks < FEWEST_CHUNKS:
-        return []
+        return ()
     if segment(call, card):
-        return []
+        return ()
     few = pairs <= MOST_PAIRS * card.multiprocessors
-    return slab_sizes(chunks, pairs, card.multiprocessors) if few else []
+    return slab_sizes(chunks, pairs, card.multiprocessors) if few else ()
 
 
-def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> list[int]:
+@functools.cache
+def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> tuple[int, ...]:
     """With few sequences and heads the walk takes longest, and slabs grow, so that it begins early:
 
     each is prepared in the time in which the one before it is walked.
@@ -172,7 +180,7 @@ def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> list[int]:
         n = min(left, most, max(2, round(size)))
         found.append(n if left - n > 1 else min(left, most))
         size *= ratio
-    return found
+    return tuple(found)
 
 
 def chunk_count(call: Call) -> int:

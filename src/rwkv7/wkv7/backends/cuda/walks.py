@@ -69,7 +69,9 @@ def walk_back(
     _launch(kernel, call, {"APART": apart}, [(blocks, (*arguments, T, H))])
 
 
-def relay(call: Call, final: Tensor, y: Tensor, saved: Tensor | None, slabs: list[int]) -> None:
+def relay(
+    call: Call, final: Tensor, y: Tensor, saved: Tensor | None, slabs: tuple[int, ...]
+) -> None:
     """As `walk`, by all multiprocessors: `slabs` are the chunks that each launch prepares."""
     *inputs, state = ready(*_inputs(call), call.state)
     tensors, states = _addresses(*inputs), _saved_addresses(saved, call)
@@ -88,7 +90,7 @@ def relay_back(
     dfinal: Tensor | None,
     dinitial: Tensor,
     after: Tensor,
-    slabs: list[int],
+    slabs: tuple[int, ...],
 ) -> None:
     """The gradients of the initial state and, into `after`, of the state after every chunk.
 
@@ -109,7 +111,7 @@ def _relay(
     kernel: plan.Kernel,
     call: Call,
     own: dict[str, bool],
-    slabs: list[int],
+    slabs: tuple[int, ...],
     states: tuple[Tensor | None, Tensor],
     arguments: Callable[[int, Arguments], Arguments],
     *,
@@ -128,9 +130,10 @@ def _relay(
     if back:
         last = ends[-1]
         spans = [(last - end, last - start) for start, end in spans]
-    words = pairs * max(slabs) * plan.STEPS * kernel.image // 4
-    images = call.v.new_empty((2, words), dtype=torch.float32)
-    (given, left_off), (even, odd) = _addresses(*states), _addresses(*images)
+    size = pairs * max(slabs) * plan.STEPS * kernel.image
+    images = call.v.new_empty(2 * size // 4, dtype=torch.float32)
+    (given, left_off), even = _addresses(*states), images.data_ptr()
+    odd = even + size
     grids, none = [], (0, 0)
     for n, (walked, prepared) in enumerate(zip([none, *spans], [*spans, none], strict=True)):
         steps = pairs * plan.STEPS * (prepared[1] - prepared[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 from rwkv7.wkv7.contract import Call
 
 from . import plan
+from .saved import Saved
 
 
 class TritonBackend:
@@ -42,8 +43,6 @@ class TritonBackend:
         if _is_empty(call):
             return (0,)
         if plan.takes_chunks(call):
-            from .saved import Saved
-
             return (Saved.words(call),)
         from .token_route import saved_spans
 
@@ -55,16 +54,17 @@ class TritonBackend:
         saved = call.v.new_empty(self.saved_shape(call) if save else (0,), dtype=torch.float32)
         if _is_empty(call):
             return torch.empty_like(call.v), call.initial_state().clone(), saved
-        from . import step_route, token_route
-        from .saved import Saved
-
         call = _contiguous(call)
         with _on(call.r):
             if plan.takes_chunks(call):
+                from . import step_route
+
                 if call.r.is_cuda:
                     _compile_first(call, saved, save)
                 y, final = step_route.forward(call, Saved.view(call, saved) if save else None)
             else:
+                from . import token_route
+
                 y, final = token_route.forward(call, saved, save)
         return y, final, saved
 
@@ -77,14 +77,17 @@ class TritonBackend:
             initial = call.initial_state()
             last = torch.zeros_like(initial) if dstate is None else dstate.clone()
             return (*(torch.zeros_like(x) for x in inputs), last)
-        from . import back_route, token_route
-
         call = _contiguous(call)
         dy = None if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
         with _on(call.r):
-            route = back_route if plan.takes_chunks(call) else token_route
-            return route.backward(call, saved, dy, dstate)
+            if plan.takes_chunks(call):
+                from . import back_route
+
+                return back_route.backward(call, saved, dy, dstate)
+            from . import token_route
+
+            return token_route.backward(call, saved, dy, dstate)
 
     def refuses_step(self, r: Tensor, v: Tensor, state: Tensor) -> str | None:
         """As `refuses`; the pool must be contiguous, since its rows change in place."""
@@ -115,7 +118,6 @@ def _compile_first(call: Call, saved: Tensor, save: bool) -> None:
         return
     from . import back_route, step_route
     from .launch import compiling_together
-    from .saved import Saved
 
     with compiling_together():
         y, _ = step_route.forward(call, Saved.view(call, saved) if save else None)

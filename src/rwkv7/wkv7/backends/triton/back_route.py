@@ -6,6 +6,7 @@ meanwhile (kernels/slabs.py).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from rwkv7.wkv7.contract import Call
 from .kernels.back_walks import gradient_maps, rewalk_steps
 from .kernels.gradients import step_gradients
 from .kernels.prepare import prepare_steps
-from .launch import start
+from .launch import Memory, Part, Variant, start
 from .plan import (
     CHUNK,
     STEP,
@@ -40,32 +41,58 @@ class _Slab:
     """What the kernels of a slab of steps tell each other, flat, as kernels/prepare.py and
     kernels/back_walks.py name it."""
 
-    hats: Tensor
-    through: Tensor
-    direct: Tensor
-    scores: Tensor
-    ends: Tensor
-    units: Tensor
-    states: Tensor
-    states_scale: Tensor
-    dstates: Tensor
-    dstates_scale: Tensor
-    moved: Tensor
+    hats: Part
+    through: Part
+    direct: Part
+    scores: Part
+    ends: Part
+    units: Part
+    states: Part
+    states_scale: Part
+    dstates: Part
+    dstates_scale: Part
+    moved: Part
 
     @classmethod
-    def empty(cls, call: Call, steps: int) -> _Slab:
+    def empty(cls, call: Call, how: str, steps: int) -> _Slab:
         _, _, H, K, V = call.sizes
-        m, parts = steps * H, 2 if products(call.v) == "halves" else 1
+        m, parts = steps * H, 2 if how == "halves" else 1
         tile, square = STEP * K, STEP * STEP
-        hats, through, direct, scores, states, dstates, moved = carve(
-            call.v, operand_dtype(call),
-            m * (4 + parts) * tile, m * 2 * parts * tile, m * 2 * parts * square, m * square,
-            m * V * K, m * parts * V * K, m * 2 * STEP * V,
-        )  # fmt: skip
-        ends, units, scale, dscale = carve(call.v, torch.float32, m * 2 * K, m * 4, m, m)
-        return cls(
-            hats, through, direct, scores, ends, units, states, scale, dstates, dscale, moved
-        )
+        operand, word = operand_dtype(call), torch.float32
+        return cls(*carve(
+            call.v,
+            (operand, m * (4 + parts) * tile), (operand, m * 2 * parts * tile),
+            (operand, m * 2 * parts * square), (operand, m * square),
+            (word, m * 2 * K), (word, m * 4),
+            (operand, m * V * K), (word, m),
+            (operand, m * parts * V * K), (word, m),
+            (operand, m * 2 * STEP * V),
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Those of calls of one form."""
+
+    prepare: Variant
+    rewalk: Variant
+    back: Variant
+    gradients: Variant
+    maps: Variant
+
+
+@functools.cache
+def _kernels(K: int, V: int, how: str, packed: bool, logit: bool, has_dy: bool) -> _Kernels:
+    keys = {"K": K, "BK": block(K), "C": CHUNK, "HOW": how}
+    sizes, rows = {**keys, "V": V, "BV": block(V), "PACKED": packed}, map_rows(K)
+    walk = rewalk(K, V).options()
+    return _Kernels(
+        Variant(prepare_steps, **keys, PACKED=packed, LOGIT=logit, **prepare(K, how).options()),
+        Variant(rewalk_steps, **sizes, BACK=False, HAS_X=True, **walk),
+        Variant(rewalk_steps, **sizes, BACK=True, HAS_X=has_dy, **walk),
+        Variant(step_gradients, **sizes, LOGIT=logit, HAS_DY=has_dy, **gradients(K).options()),
+        Variant(gradient_maps, **keys, V=V, ROWS=rows, HAS_DY=has_dy, **rewalk(K, rows).options()),
+    )
 
 
 def backward(
@@ -74,53 +101,48 @@ def backward(
     """The seven gradients, from what forward saved in `memory`."""
     B, T, H, K, V = call.sizes
     S = call.sequences
-    packed = call.cu_seqlens is not None
+    packed, how = call.cu_seqlens is not None, products(call.v)
     saved = Saved.view(call, memory)
-    behind, dstate = _behind(call, dfinal)
+    last, dstate = _behind(call, dfinal)
+    behind: tuple[Memory, int] = last
     inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
     dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in inputs)
     # Chunks of each sequence, or of all of them where they are packed.
     chunks, width = (chunk_count(call), 1) if packed else (-(-T // CHUNK), B)
     most = slab_chunks(chunks, width * H, K, V)
-    slab = _Slab.empty(call, most * width * STEPS)
-    sizes = {"K": K, "BK": block(K), "C": CHUNK, "PACKED": packed, "HOW": products(call.v)}
-    preparation, walk = prepare(K, products(call.v)).options(), rewalk(K, V).options()
-    values = {"V": V, "BV": block(V)}
-    logit, has_dy = call.decay == "logit", dy is not None
+    slab = _Slab.empty(call, how, most * width * STEPS)
+    kernels = _kernels(K, V, how, packed, call.decay == "logit", dy is not None)
+    images = slab.hats, slab.through, slab.direct, slab.ends, slab.units
     for low in reversed(range(0, chunks, most)):
         count = min(most, chunks - low)
         where = (call.cu_seqlens, low, count, S, T, H)
         programs = count * width * H
         start(
-            prepare_steps, (programs * STEPS,),
+            kernels.prepare, (programs * STEPS,),
             (call.r, call.w, call.k, call.a, call.b,
              slab.hats, slab.through, slab.direct, slab.scores, slab.ends, slab.units, *where),
-            {**sizes, "LOGIT": logit, **preparation},
         )  # fmt: skip
-        images = (slab.hats, slab.through, slab.direct, slab.ends, slab.units)
         start(
-            rewalk_steps, (programs,),
+            kernels.rewalk, (programs,),
             (call.v, *images, saved.states, saved.states_scale, 1, None,
              slab.states, slab.states_scale, slab.moved, STEPS, *where),
-            {**sizes, **values, "BACK": False, "HAS_X": True, **walk},
         )  # fmt: skip
         segments, span = _segments(call, low, count)
         if segments > 1:
-            behind = _behind_segments(call, slab, dy, behind, segments, (span, low, count, T, H))
+            places = span, low, count, T, H
+            behind = _behind_segments(call, kernels.maps, slab, dy, behind, how, segments, places)
         begin, given = behind
         start(
-            rewalk_steps, (S * H, segments),
+            kernels.back, (S * H, segments),
             (dy, *images, begin, None, given, dstate,
              slab.dstates, slab.dstates_scale, slab.moved, span, *where),
-            {**sizes, **values, "BACK": True, "HAS_X": has_dy, **walk},
         )  # fmt: skip
         behind = dstate, 1
         start(
-            step_gradients, (programs * STEPS,),
+            kernels.gradients, (programs * STEPS,),
             (call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
              slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
              dr, dw, dk, dv, da, db, *where),
-            {**sizes, **values, "LOGIT": logit, "HAS_DY": has_dy, **gradients(K).options()},
         )  # fmt: skip
     return dr, dw, dk, dv, da, db, dstate
 
@@ -151,24 +173,23 @@ def _segments(call: Call, low: int, count: int) -> tuple[int, int]:
 
 def _behind_segments(
     call: Call,
+    kernel: Variant,
     slab: _Slab,
     dy: Tensor | None,
-    behind: tuple[Tensor, int],
+    behind: tuple[Memory, int],
+    how: str,
     segments: int,
     where: tuple[int, ...],
-) -> tuple[Tensor, int]:
+) -> tuple[Part, int]:
     """E behind every segment of a slab, fp32 [pairs, segments, V, K], the last tokens first, from
     that behind the slab; given. where: steps of a segment, the slab's first chunk, chunks, T, H."""
     _, _, H, K, V = call.sizes
     pairs, BK, rows = call.sequences * H, block(K), map_rows(K)
-    sizes = {"K": K, "V": V, "BK": BK, "HOW": products(call.v)}
 
-    def find_maps(maps: Tensor) -> None:
+    def find_maps(maps: Part) -> None:
         start(
-            gradient_maps, (pairs * (BK // rows + -(-V // rows)), segments - 1),
+            kernel, (pairs * (BK // rows + -(-V // rows)), segments - 1),
             (dy, slab.hats, slab.through, slab.direct, slab.ends, slab.units, maps, *where),
-            {**sizes, "ROWS": rows, "C": CHUNK, "HAS_DY": dy is not None,
-             **rewalk(K, rows).options()},
         )  # fmt: skip
 
-    return states_before(call, segments, behind, sizes, find_maps), 1
+    return states_before(call, segments, behind, BK, how, find_maps), 1

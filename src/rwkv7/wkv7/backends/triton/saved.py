@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rwkv7.wkv7.contract import Call
 
+from .launch import Part
 from .plan import CHUNK, products
 
 
@@ -22,11 +24,11 @@ def chunk_count(call: Call) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """Flat parts of one fp32 tensor: states [n, H, V, K], fp16 for 16-bit inputs, else fp32, and
+    """Parts of one flat fp32 tensor: states [n, H, V, K], fp16 for 16-bit inputs, else fp32, and
     the powers of two taken out of their rows, states_scale [n, H, V] (not written beside fp32)."""
 
-    states_scale: Tensor
-    states: Tensor
+    states_scale: Part
+    states: Part
 
     @staticmethod
     def words(call: Call) -> int:
@@ -37,16 +39,30 @@ class Saved:
     @classmethod
     def view(cls, call: Call, memory: Tensor) -> Saved:
         """The fields inside a flat fp32 tensor of `words`."""
-        rows = _aligned(_rows(call))
-        scale, states = memory.split((rows, memory.numel() - rows))
-        return cls(scale, states.view(operand_dtype(call)))
+        rows, address = _rows(call), memory.data_ptr()
+        states = operand_dtype(call), 4 * _aligned(rows), rows * call.sizes[3]
+        return cls(Part(memory, address, torch.float32, 0, rows), Part(memory, address, *states))
 
 
-def carve(x: Tensor, dtype: torch.dtype, *counts: int) -> tuple[Tensor, ...]:
-    """Flat tensors of so many elements on the device of x, in one allocation: the host takes
-    longer over each than over a split. They begin where kernels expect it, on 16 bytes."""
-    padded = [-(-count // 16) * 16 for count in counts]
-    return x.new_empty(sum(padded), dtype=dtype).split(padded)
+def carve(x: Tensor, *parts: tuple[torch.dtype, int]) -> list[Part]:
+    """So many elements of each dtype on the device of x, in one allocation: the host takes longer
+    over each than over a launch. They begin where kernels expect it, on 16 bytes."""
+    size, places = _places(parts)
+    memory = x.new_empty(size, dtype=torch.uint8)
+    address = memory.data_ptr()
+    return [Part(memory, address, *place) for place in places]
+
+
+@functools.lru_cache(64)
+def _places(
+    parts: tuple[tuple[torch.dtype, int], ...],
+) -> tuple[int, list[tuple[torch.dtype, int, int]]]:
+    """Bytes of all parts, and of each its dtype, the byte at which it begins, and its elements."""
+    size, places = 0, []
+    for dtype, count in parts:
+        places.append((dtype, size, count))
+        size += -(-count * dtype.itemsize // 64) * 64
+    return size, places
 
 
 def operand_dtype(call: Call) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,14 @@ from rwkv7.wkv7.contract import Call
 
 from .kernels.images import step_images
 from .kernels.walks import segment_maps, walk_segments
-from .launch import start
+from .launch import Memory, Part, Variant, start
 from .plan import (
     CHUNK,
     IMAGES,
     STEP,
     WALK,
     WALK_ROWS,
+    Launch,
     chunk_block,
     products,
     segment,
@@ -31,72 +33,92 @@ from .segments import states_before
 class Images:
     """What the walk reads of every step of 16 tokens, flat, as kernels/images.py names it."""
 
-    tiles: Tensor
-    write: Tensor
-    direct: Tensor
-    words: Tensor
+    tiles: Part
+    write: Part
+    direct: Part
+    words: Part
 
     @classmethod
-    def empty(cls, call: Call) -> Images:
+    def empty(cls, call: Call, how: str) -> Images:
         """Memory for all steps of a call."""
-        how, v = products(call.v), call.v
         n, BK = chunk_count(call) * (CHUNK // STEP) * call.sizes[2], chunk_block(call.sizes[3])
-        narrow, value = operand_dtype(call), torch.float32 if how == "ieee" else v.dtype
-        parts, value_parts = 2 if how == "halves" else 1, n if how == "ieee" else 2 * n
-        write, direct = carve(v, value, value_parts * STEP * BK, value_parts * STEP * STEP)
+        value, values = (torch.float32, n) if how == "ieee" else (call.v.dtype, 2 * n)
+        tiles = n * 3 * (2 if how == "halves" else 1)
         return cls(
-            v.new_empty(n * 3 * parts * STEP * BK, dtype=narrow),
-            write,
-            direct,
-            v.new_empty(n * (BK + STEP), dtype=torch.float32),
+            *carve(
+                call.v,
+                (operand_dtype(call), tiles * STEP * BK),
+                (value, values * STEP * BK),
+                (value, values * STEP * STEP),
+                (torch.float32, n * (BK + STEP)),
+            )
         )
+
+
+@functools.cache
+def _images(K: int, packed: bool, how: str, logit: bool) -> Variant:
+    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": how}
+    return Variant(step_images, **sizes, LOGIT=logit, **IMAGES.options())
+
+
+@functools.cache
+def _walk(K: int, V: int, packed: bool, how: str, save: bool, launch: Launch) -> Variant:
+    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": how}
+    return Variant(walk_segments, **sizes, V=V, BV=WALK_ROWS, SAVE=save, **launch.options())
+
+
+@functools.cache
+def _maps(K: int, V: int, how: str) -> Variant:
+    sizes = {"K": K, "V": V, "BK": chunk_block(K), "HOW": how}
+    return Variant(segment_maps, **sizes, BV=WALK_ROWS, C=CHUNK, **WALK.options())
 
 
 def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     """y and the final state; `saved` receives the state before every chunk."""
     _, T, H, K, V = call.sizes
-    S, packed = call.sequences, call.cu_seqlens is not None
+    S, packed, how = call.sequences, call.cu_seqlens is not None, products(call.v)
     y = torch.empty_like(call.v)
     final = call.v.new_empty((S, H, V, K), dtype=torch.float32)
-    images = Images.empty(call)
-    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": products(call.v)}
+    images = Images.empty(call, how)
     start(
-        step_images, (chunk_count(call) * (CHUNK // STEP) * H,),
+        _images(K, packed, how, call.decay == "logit"),
+        (chunk_count(call) * (CHUNK // STEP) * H,),
         (call.r, call.w, call.k, call.a, call.b,
          images.tiles, images.write, images.direct, images.words,
          call.cu_seqlens, S, T, H),
-        {**sizes, "LOGIT": call.decay == "logit", **IMAGES.options()},
     )  # fmt: skip
     span = segment(call, T)
-    segments, begin = 1 if packed else -(-T // span), _given(call.state, final)
+    segments = 1 if packed else -(-T // span)
+    begin: tuple[Memory, int] = _given(call.state, final)
     if segments > 1:
-        begin = _segment_states(call, images, span, begin), 1
+        begin = _segment_states(call, images, how, span, begin), 1
+    kept = (None, None) if saved is None else (saved.states, saved.states_scale)
     walks = S * H * -(-V // WALK_ROWS)
     start(
-        walk_segments, (walks, segments),
+        _walk(K, V, packed, how, saved is not None, walk_launch(call, walks * segments)),
+        (walks, segments),
         (images.tiles, images.write, images.direct, images.words, call.v,
-         *begin, y, final, saved and saved.states, saved and saved.states_scale,
+         *begin, y, final, *kept,
          call.cu_seqlens, T, H, span),
-        {**sizes, "V": V, "BV": WALK_ROWS, "SAVE": saved is not None,
-         **walk_launch(call, walks * segments).options()},
     )  # fmt: skip
     return y, final
 
 
-def _segment_states(call: Call, images: Images, span: int, begin: tuple[Tensor, int]) -> Tensor:
+def _segment_states(
+    call: Call, images: Images, how: str, span: int, begin: tuple[Memory, int]
+) -> Part:
     """The state before every segment, fp32 [pairs, segments, V, K], from that before the first."""
     _, T, H, K, V = call.sizes
     pairs, segments, BK = call.sequences * H, -(-T // span), chunk_block(K)
-    sizes = {"K": K, "V": V, "BK": BK, "HOW": products(call.v)}
 
-    def find_maps(maps: Tensor) -> None:
+    def find_maps(maps: Part) -> None:
         start(
-            segment_maps, (pairs * (BK // WALK_ROWS + -(-V // WALK_ROWS)), segments - 1),
+            _maps(K, V, how),
+            (pairs * (BK // WALK_ROWS + -(-V // WALK_ROWS)), segments - 1),
             (images.tiles, images.write, images.words, call.v, maps, T, H, span),
-            {**sizes, "BV": WALK_ROWS, "C": CHUNK, **WALK.options()},
-        )  # fmt: skip
+        )
 
-    return states_before(call, segments, begin, sizes, find_maps)
+    return states_before(call, segments, begin, BK, how, find_maps)
 
 
 def _given(state: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
