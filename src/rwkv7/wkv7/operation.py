@@ -11,10 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Any, ...]]
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Gradients, as they are, that know what they were found from; their own gradient raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple([x.view_as(x) for x in tensors[:count]])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: derivatives are first order; a gradient found with create_graph=True has "
+            "none of its own"
+        )
 
 
 class Operation:
@@ -44,7 +59,7 @@ class Operation:
         """With a gradient, in the form of torch.library.register_autograd; no list of tensors is
         among the inputs."""
         self._operator.register_autograd(backward, setup_context=setup)
-        run = self._run
+        run, name = self._run, self._name
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             outputs = run(*inputs)
@@ -53,12 +68,20 @@ class Operation:
             return tuple(outputs) if ctx.is_list else outputs
 
         def back(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            # With create_graph; else the wrapper would only switch off what is off.
-            if torch.is_grad_enabled():
-                return guarded(ctx, *grads)
-            return backward(ctx, list(grads)) if ctx.is_list else backward(ctx, *grads)
+            given = (list(grads),) if ctx.is_list else grads
+            if not torch.is_grad_enabled():
+                return backward(ctx, *given)
+            with torch.no_grad():
+                found = backward(ctx, *given)
+            # With create_graph: what gradients depend on must not be forgotten without a word.
+            sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+            places = [i for i, x in enumerate(found) if x is not None]
+            kept = _FirstOrder.apply(name, len(places), *[found[i] for i in places], *sources)
+            result = [None] * len(found)
+            for i, x in zip(places, kept, strict=True):
+                result[i] = x
+            return tuple(result)
 
-        guarded = once_differentiable(back)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(back)}
         node: Any = type(self._name, (torch.autograd.Function,), methods)
         self._node = node.apply
