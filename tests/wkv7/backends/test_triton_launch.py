@@ -58,7 +58,7 @@ def hooks(monkeypatch):
         torch._C, "_cuda_getCurrentRawStream", lambda index: "stream", raising=False
     )
     found = types.SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
-    monkeypatch.setattr(launch, "_runtime", lambda: found)
+    monkeypatch.setattr(launch, "_place_of_hooks", lambda: found)
     return found
 
 
@@ -183,3 +183,29 @@ def test_an_interpreter_which_compiles_nothing_runs_every_time():
     for _ in range(2):
         start(variant, (1,), (x, None, 1))
     assert len(kernel.launched) == 2
+
+
+def test_on_amd_cards_triton_starts_all_for_it_also_compiles_for_how_large_memory_is(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernel, x = Kernel(keeps=True), torch.zeros(8)
+    variant = Variant(kernel, K=64, LOGIT=True)
+    for n in (1, 2):
+        start(variant, (n,), (x, None, 1))
+    assert [grid for grid, *_ in kernel.launched] == [(1,), (2,)] and not kernel.kept.started
+
+
+@pytest.mark.parametrize("settings", [True, False], ids=["3.4 on", "before"])
+def test_hooks_are_looked_for_where_triton_has_them(settings, monkeypatch):
+    monkeypatch.undo()
+    place = types.SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
+    with_settings = types.SimpleNamespace(knobs=types.SimpleNamespace(runtime=place))
+    modules = {
+        "triton": with_settings if settings else types.SimpleNamespace(),
+        "triton.compiler": types.SimpleNamespace(CompiledKernel=place),
+    }
+    monkeypatch.setattr(launch.importlib, "import_module", modules.__getitem__)
+    launch._place_of_hooks.cache_clear()
+    try:
+        assert launch._place_of_hooks() is place and not launch._is_watched()
+    finally:
+        launch._place_of_hooks.cache_clear()

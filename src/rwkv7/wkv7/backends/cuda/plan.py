@@ -167,7 +167,7 @@ def slabs(call: Call, card: Card) -> tuple[int, ...]:
     return slab_sizes(chunks, pairs, card.multiprocessors) if few else ()
 
 
-@functools.cache
+@functools.lru_cache(64)
 def slab_sizes(chunks: int, pairs: int, multiprocessors: int) -> tuple[int, ...]:
     """With few sequences and heads the walk takes longest, and slabs grow, so that it begins early:
 

@@ -125,6 +125,10 @@ def start(variant: Variant, grid: Grid, arguments: Arguments) -> None:
     if _recorded.launches is not None:
         _recorded.launches.append(_Launch(variant, grid, arguments))
         return
+    if torch.version.hip is not None:
+        # There Triton also compiles for arguments of less than 2 GB, which no form tells.
+        variant.kernel[grid](*_tensors(arguments), **variant.options)
+        return
     kinds, addresses = _seen(arguments)
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
     form = device, kinds
@@ -170,14 +174,18 @@ def _tensors(arguments: Arguments) -> tuple[Tensor | int | None, ...]:
 
 def _is_watched() -> bool:
     """Whether somebody, a profiler say, is to be called before or after every launch."""
-    runtime = _runtime()
-    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    place = _place_of_hooks()
+    before, after = place.launch_enter_hook, place.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @functools.cache
-def _runtime() -> Any:
-    return importlib.import_module("triton").knobs.runtime
+def _place_of_hooks() -> Any:
+    """Triton's settings; before 3.4 it had none, and hooks were with its compiled kernels."""
+    triton = importlib.import_module("triton")
+    if hasattr(triton, "knobs"):
+        return triton.knobs.runtime
+    return importlib.import_module("triton.compiler").CompiledKernel
 
 
 @contextlib.contextmanager
