@@ -20,9 +20,9 @@ class _FirstOrder(torch.autograd.Function):
     """Gradients, as they are, that know what they were found from; their own gradient raises."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Any, ...]:
         ctx.name = name
-        return tuple([x.view_as(x) for x in tensors[:count]])
+        return tuple([x if x is None else x.view_as(x) for x in tensors[:count]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -75,12 +75,7 @@ class Operation:
                 found = backward(ctx, *given)
             # With create_graph: what gradients depend on must not be forgotten without a word.
             sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
-            places = [i for i, x in enumerate(found) if x is not None]
-            kept = _FirstOrder.apply(name, len(places), *[found[i] for i in places], *sources)
-            result = [None] * len(found)
-            for i, x in zip(places, kept, strict=True):
-                result[i] = x
-            return tuple(result)
+            return _FirstOrder.apply(name, len(found), *found, *sources)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(back)}
         node: Any = type(self._name, (torch.autograd.Function,), methods)
