@@ -12,8 +12,10 @@ import torch
 from triton_interpreter import load
 
 from rwkv7.wkv7 import batch_invariant, explain, wkv7, wkv7_step_
+from rwkv7.wkv7.backends import triton
 from rwkv7.wkv7.backends.triton import plan
 from rwkv7.wkv7.contract import Call, log_decay
+from rwkv7.wkv7.registry import get_backend
 
 load(
     "rwkv7.wkv7.backends.triton.kernels",
@@ -158,6 +160,23 @@ def test_slabs_change_no_bits_where_batches_must_not(monkeypatch):
 @pytest.mark.parametrize(("K", "V"), [(5, 3), (48, 20), (80, 128)])
 def test_odd_sizes(K, V):
     compare(inputs(1, 40, 1, K, V))
+
+
+@pytest.mark.parametrize("chunks", [True, False], ids=["chunks", "tokens"])
+@pytest.mark.parametrize("offsets", [None, [0, 0, 1, 66, 140, 140]])
+def test_run_again_a_call_gives_the_same_and_changes_nothing_given(offsets, chunks):
+    """A first call runs in part, compiles what it lacks, and then runs from its start."""
+    backend, packed = get_backend("triton"), None if offsets is None else torch.tensor(offsets)
+    given = inputs(1, 140, 1, 16, 8, "logit" if chunks else "log")
+    state = torch.randn(1 if packed is None else len(offsets) - 1, 1, 8, 16)
+    call = Call(*given, state, "logit" if chunks else "log", packed)
+    y, final, saved = backend.forward(call, save=True)
+    given += [state, saved, y, final]
+    copies = [x.clone() for x in given]
+    again = triton._forward(call, saved, save=True)
+    grads, grads_again = (backend.backward(call, saved, y, final) for _ in range(2))
+    assert all(map(torch.equal, given, copies))
+    assert all(map(torch.equal, (y, final, *grads), (*again, *grads_again)))
 
 
 def test_empty():

@@ -56,16 +56,14 @@ class TritonBackend:
             return torch.empty_like(call.v), call.initial_state().clone(), saved
         call = _contiguous(call)
         with _on(call.r):
-            if plan.takes_chunks(call):
-                from . import step_route
+            if not call.r.is_cuda:  # an interpreter compiles nothing
+                return *_forward(call, saved, save), saved
+            from .launch import run_together
 
-                if call.r.is_cuda:
-                    _compile_first(call, saved, save)
-                y, final = step_route.forward(call, Saved.view(call, saved) if save else None)
-            else:
-                from . import token_route
-
-                y, final = token_route.forward(call, saved, save)
+            y, final = run_together(
+                lambda: _forward(call, saved, save),
+                (lambda: _backward(call, saved, torch.empty_like(call.v), None)) if save else None,
+            )
         return y, final, saved
 
     def backward(
@@ -81,13 +79,11 @@ class TritonBackend:
         dy = None if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
         with _on(call.r):
-            if plan.takes_chunks(call):
-                from . import back_route
+            if not call.r.is_cuda:
+                return _backward(call, saved, dy, dstate)
+            from .launch import run_together
 
-                return back_route.backward(call, saved, dy, dstate)
-            from . import token_route
-
-            return token_route.backward(call, saved, dy, dstate)
+            return run_together(lambda: _backward(call, saved, dy, dstate))
 
     def refuses_step(self, r: Tensor, v: Tensor, state: Tensor) -> str | None:
         """As `refuses`; the pool must be contiguous, since its rows change in place."""
@@ -105,25 +101,28 @@ class TritonBackend:
             return step(tuple(x.contiguous() for x in inputs), state, decay, slots)
 
 
-# Forms of calls by chunks whose kernels have been compiled in this process.
-_compiled: set[tuple[object, ...]] = set()
+def _forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """y and the final state; it writes nothing that is there before but `saved`, all of it."""
+    if plan.takes_chunks(call):
+        from . import step_route
+
+        return step_route.forward(call, Saved.view(call, saved) if save else None)
+    from . import token_route
+
+    return token_route.forward(call, saved, save)
 
 
-def _compile_first(call: Call, saved: Tensor, save: bool) -> None:
-    """On a form's first call, all kernels of forward and of backward, if there will be one."""
-    _, _, _, K, V = call.sizes
-    packed = call.cu_seqlens is not None
-    form = (call.r.device, call.v.dtype, call.w.dtype, call.decay, K, V, packed, save)
-    if form in _compiled:
-        return
-    from . import back_route, step_route
-    from .launch import compiling_together
+def _backward(
+    call: Call, saved: Tensor, dy: Tensor | None, dstate: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The seven gradients; it writes nothing that is there before."""
+    if plan.takes_chunks(call):
+        from . import back_route
 
-    with compiling_together():
-        y, _ = step_route.forward(call, Saved.view(call, saved) if save else None)
-        if save:
-            back_route.backward(call, saved, y, None)
-    _compiled.add(form)
+        return back_route.backward(call, saved, dy, dstate)
+    from . import token_route
+
+    return token_route.backward(call, saved, dy, dstate)
 
 
 @functools.cache
