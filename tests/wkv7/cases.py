@@ -147,8 +147,6 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         logit = torch.full_like(logit, -30.0)
     elif case.values == "large v":
         v = v * (32 if dtype == torch.float16 else 1e4)  # with 100, db leaves the range of fp16
-    elif case.values == "large r and k":
-        r, k = r * 1e4, k * 1e4
     w = logit if case.decay == "logit" else -DECAY_SCALE * torch.sigmoid(logit)
     if case.values == "strong":  # decays without a floor, -50 and -inf among them
         w = -5 * uniform()

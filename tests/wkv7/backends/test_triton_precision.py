@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from triton_interpreter import load
-from wkv7.cases import FEW_CHANNELS, Case, Place, failures
+from wkv7.cases import FEW_CHANNELS, STATES, Case, Place, failures
 
 from rwkv7.benchmark.sample import Judge, Sample, Shape
 from rwkv7.wkv7 import wkv7
@@ -29,6 +29,13 @@ HARD = (
     Case(T=70, K=64, V=64, values="large v", **ONE),
     Case(T=70, K=96, V=72, **ONE),  # channels by two blocks
 )
+# What inputs and gradients are multiplied by: products with large keys leave the range of fp16,
+# small keys its normal range. The other factors keep results inside it.
+SIZES = {
+    "bf16-large": (BF16, {"r": 1e4, "k": 1e4}),
+    "fp16-large": (torch.float16, {"r": 100, "k": 1e4, "v": 3e-4, "dy": 5e-4, "dfinal": 0.05}),
+    "fp16-small": (torch.float16, {"k": 1e-5, "dy": 8}),
+}
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -71,11 +78,19 @@ def rounding(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-def assert_within_bounds(sample: Sample) -> None:
-    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)]
+def cut_into_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv7.wkv7.backends.triton import back_route, step_route
+
+    for module in (back_route, step_route):
+        monkeypatch.setattr(module, "segment", lambda call, tokens: 64)
+
+
+def assert_within_bounds(sample: Sample, with_state: bool = True) -> None:
+    """Hold triton to the recurrence; `with_state` or, where it is zero, without."""
+    leaves = [x.requires_grad_() for x in (*sample.inputs, sample.state)][: 7 if with_state else 6]
     y, final = wkv7(*leaves, backend="triton")
     gradients = torch.autograd.grad((y, final), leaves, (sample.dy, sample.dfinal))
-    found = dict(zip(RESULTS, (y, final, *gradients), strict=True))
+    found = dict(zip(RESULTS, (y, final, *gradients), strict=with_state))
     errors, ok = Judge(sample).errors({n: x.detach() for n, x in found.items()}, "logit")
     assert ok, " ".join(f"{n} {e:.1e}" for n, e in errors.items())
 
@@ -100,11 +115,22 @@ def test_decays_at_the_floor() -> None:
     assert not failures(FLOOR, Place("triton"), BF16)  # in fp16 dw is below the normal range
 
 
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.usefixtures("rounding")
-def test_sizes_that_fp16_does_not_hold() -> None:
-    assert not failures(
-        Case(T=70, K=64, V=64, values="large r and k", **ONE), Place("triton"), BF16
-    )
+def test_sizes_that_fp16_does_not_hold(
+    name: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two segments, so that every kernel has a part in it."""
+    cut_into_segments(monkeypatch)
+    dtype, sizes = SIZES[name]
+    sample = Sample(Shape(1, 70, 1, 64), torch.float32, torch.device("cpu"))
+    inputs = zip("rwkvab", sample.inputs, strict=True)
+    sample.inputs = [(x * sizes.get(n, 1)).to(dtype) for n, x in inputs]
+    sample.dtype, sample.dy = dtype, (sample.dy * sizes.get("dy", 1)).to(dtype)
+    sample.dfinal *= sizes.get("dfinal", 1)
+    sample.state *= state == "random"
+    assert_within_bounds(sample, with_state=state != "none")
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
@@ -113,10 +139,7 @@ def test_sizes_that_fp16_does_not_hold() -> None:
 def test_segments_within_the_bounds(
     values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rwkv7.wkv7.backends.triton import back_route, step_route
-
-    for module in (back_route, step_route):
-        monkeypatch.setattr(module, "segment", lambda call, tokens: 64)
+    cut_into_segments(monkeypatch)
     case = Case(T=130, K=64, V=64, values=values, **ONE)
     assert not failures(case, Place("triton"), dtype)
 

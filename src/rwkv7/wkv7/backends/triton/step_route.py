@@ -50,7 +50,7 @@ class Images:
                 (operand_dtype(call), tiles * STEP * BK),
                 (value, values * STEP * BK),
                 (value, values * STEP * STEP),
-                (torch.float32, n * (BK + STEP)),
+                (torch.float32, n * (BK + 2 * STEP)),
             )
         )
 

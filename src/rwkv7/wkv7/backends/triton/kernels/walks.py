@@ -14,15 +14,27 @@ from .tiles import first_chunk, hat_dot, multiply, row_powers, sequence_bounds, 
 
 
 @triton.jit
+def _step_words(words_ptr, kc, row, there, BK: tl.constexpr):
+    """(D, the powers of r and k for every row) of a step that may not be `there`.
+
+    What no product reads Triton's pipeline leaves where it is, so it is asked for a step ahead; the
+    powers at 16 places, for the compiler waits at once for what is the same in all threads.
+    """
+    D = tl.load(words_ptr + kc, (kc < BK) & there, other=0.0)
+    r_power = tl.load(words_ptr + BK + row % 16, (row >= 0) & there, other=0.0)
+    k_power = tl.load(words_ptr + BK + 16 + row % 16, (row >= 0) & there, other=0.0)
+    return D, r_power, k_power
+
+
+@triton.jit
 def _scaled_state(S, HOW: tl.constexpr):
-    """(The powers of two of a state's rows, the state without them as an operand.)"""
-    if HOW == "ieee":
-        power = tl.full([S.shape[0]], 1.0, tl.float32)
-        half, low = split_hat(S, HOW)
-    else:
+    """(The powers of two of a state's rows, the state without them, the same as an operand.)"""
+    power = tl.full([S.shape[0]], 1.0, tl.float32)
+    if HOW != "ieee":
         power = row_powers(S)
-        half, low = split_hat(S * (1.0 / power)[:, None], HOW)
-    return power, half, low
+        S *= (1.0 / power)[:, None]
+    half, low = split_hat(S, HOW)
+    return power, S, half, low
 
 
 @triton.jit
@@ -37,11 +49,14 @@ def _value_dot(v, x, x_low, acc, HOW: tl.constexpr):
 
 
 @triton.jit
-def _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW: tl.constexpr):
-    """S·D + v·R + U·B, where U lacks the powers of the rows."""
+def _next_state(S, U, power, k_power, v, R, R_low, B, B_low, D, HOW: tl.constexpr):
+    """S·D + v·R + U·B, where S and U lack the powers of the rows, and R that of k.
+
+    One sum takes on one after the other: two would need more registers than there are.
+    """
     U, U_low = split_hat(U, HOW)
-    S = _value_dot(v, R, R_low, S * D[None, :], HOW)
-    return S + hat_dot(U, U_low, B, B_low, tl.zeros(S.shape, tl.float32), HOW) * power[:, None]
+    S = hat_dot(U, U_low, B, B_low, S * D[None, :], HOW) * (power * (1.0 / k_power))[:, None]
+    return _value_dot(v, R, R_low, S, HOW) * k_power[:, None]
 
 
 @triton.jit(do_not_specialize=["given", "T", "H", "span"])
@@ -107,11 +122,8 @@ def walk_segments(
     at_v = (t * (H * V))[:, None] + vc[None, :]
     steps = tl.cdiv(tokens, 16)
     image = chunk * STEPS * H + h
-    # What no product reads Triton's pipeline leaves where it is, so it is asked for a step ahead;
-    # the power at 16 places, for the compiler waits at once for what is the same in all threads.
-    words_ptr += image * (BK + 16)
-    D_next = tl.load(words_ptr + kc, (kc < BK) & (steps > 0), other=0.0)
-    power_next = tl.load(words_ptr + BK + vc % 16, (vc >= 0) & (steps > 0), other=0.0)
+    words_ptr += image * (BK + 32)
+    next_D, next_r, next_k = _step_words(words_ptr, kc, vc, steps > 0, BK)
     for n in range(steps):
         index = image + n * H
         tiles = tiles_ptr + index * (3 * PARTS * AREA)
@@ -121,14 +133,13 @@ def walk_segments(
         B, B_low = load_parts(tiles + 2 * PARTS * AREA + tile, AREA, PARTS)
         R, R_low = load_parts(write, AREA, VALUE_PARTS)
         G, G_low = load_parts(direct, 256, VALUE_PARTS)
-        D, r_power = D_next, power_next
-        words_ptr += H * (BK + 16)
-        D_next = tl.load(words_ptr + kc, (kc < BK) & (n + 1 < steps), other=0.0)
-        power_next = tl.load(words_ptr + BK + vc % 16, (vc >= 0) & (n + 1 < steps), other=0.0)
+        D, r_power, k_power = next_D, next_r, next_k
+        words_ptr += H * (BK + 32)
+        next_D, next_r, next_k = _step_words(words_ptr, kc, vc, n + 1 < steps, BK)
         at = ((start + n * 16) * H + h) * V
         vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
         v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
-        power, half, low = _scaled_state(S, HOW)
+        power, S, half, low = _scaled_state(S, HOW)
         if SAVE:
             where = (chunk + n // STEPS) * H + h
             kept = (n % STEPS == 0) & inside
@@ -138,9 +149,10 @@ def walk_segments(
         both = tl.zeros([BV, 32], tl.float32)
         both = hat_dot(half, low, tl.trans(WQ), tl.trans(WQ_low), both, HOW)
         U, Y = tl.split(tl.permute(tl.reshape(both, [BV, 2, 16]), (0, 2, 1)))
-        Y = _value_dot(v, tl.trans(G), tl.trans(G_low), Y * power[:, None], HOW)
-        Y *= r_power[:, None]
-        S = _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW)
+        Y *= (power * (1.0 / k_power))[:, None]
+        Y = _value_dot(v, tl.trans(G), tl.trans(G_low), Y, HOW)
+        Y = Y * k_power[:, None] * r_power[:, None]
+        S = _next_state(S, U, power, k_power, v, R, R_low, B, B_low, D, HOW)
         tl.store(y_ptr + at + at_v, tl.trans(Y).to(y_ptr.dtype.element_ty), vv)
     tl.store(final_ptr + pair.to(tl.int64) * (V * K) + square, S, inside & last)
 
@@ -185,8 +197,8 @@ def segment_maps(
     chunk = (pair // H).to(tl.int64) * tl.cdiv(T, C) + segment * span // C
     image = chunk * (C // 16) * H + h
     steps = span // 16
-    words_ptr += image * (BK + 16)
-    D_next = tl.load(words_ptr + kc)
+    words_ptr += image * (BK + 32)
+    next_D, _, next_k = _step_words(words_ptr, kc, row, steps > 0, BK)
     for n in range(steps):
         index = image + n * H
         tiles = tiles_ptr + index * (3 * PARTS * AREA) + tile
@@ -194,15 +206,15 @@ def segment_maps(
         W, W_low = load_parts(tiles, 2 * AREA, PARTS)
         B, B_low = load_parts(tiles + 2 * PARTS * AREA, AREA, PARTS)
         R, R_low = load_parts(write, AREA, VALUE_PARTS)
-        D = D_next
-        words_ptr += H * (BK + 16)
-        D_next = tl.load(words_ptr + kc, (kc < BK) & (n + 1 < steps), other=0.0)
+        D, k_power = next_D, next_k
+        words_ptr += H * (BK + 32)
+        next_D, _, next_k = _step_words(words_ptr, kc, row, n + 1 < steps, BK)
         at = ((start + n * 16) * H + h) * V
         v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
-        power, half, low = _scaled_state(S, HOW)
+        power, S, half, low = _scaled_state(S, HOW)
         U = tl.zeros([BV, 16], tl.float32)
         U = hat_dot(half, low, tl.trans(W), tl.trans(W_low), U, HOW)
-        S = _next_state(S, U, power, v, R, R_low, B, B_low, D, HOW)
+        S = _next_state(S, U, power, k_power, v, R, R_low, B, B_low, D, HOW)
     at = (pair.to(tl.int64) * (tl.num_programs(1) + 1) + segment) * ((BK + V) * BK)
     tl.store(maps_ptr + at + row[:, None] * BK + kc[None, :], S, (row < BK + V)[:, None])
 
