@@ -106,7 +106,7 @@ def test_segments(K, V, T, state, monkeypatch):
     from rwkv7.wkv7.backends.triton import back_route, step_route
 
     for module in (back_route, step_route):
-        monkeypatch.setattr(module, "segment", lambda call, tokens: 64)
+        monkeypatch.setattr(module, "segment", lambda *call: 80)
     initial = None if state == "none" else torch.randn(1, 2, V, K)
     compare(inputs(1, T, 2, K, V), state=initial)
 
@@ -116,9 +116,9 @@ def test_segments_of_slabs(through, monkeypatch):
     """Backward, slabs of three chunks, the last shorter, in segments of two."""
     from rwkv7.wkv7.backends.triton import back_route
 
-    monkeypatch.setattr(back_route, "segment", lambda call, tokens: 128)
+    monkeypatch.setattr(back_route, "segment", lambda *call: 256)
     monkeypatch.setattr(back_route, "slab_chunks", lambda *sizes: 3)
-    call = inputs(2, 300, 1, 16, 8)
+    call = inputs(2, 450, 1, 16, 8)
     compare(call, through=through, state=torch.randn(2, 1, 8, 16))
 
 
@@ -127,11 +127,13 @@ def test_only_few_long_sequences_are_cut():
         x = torch.empty(B, T, 2, 16, device="meta")
         return Call(x, x, x, x, x, x, None, "logit", offsets)
 
-    few, packed = call(1, 10000), call(1, 10000, torch.tensor([0, 10000]))
+    few, more, packed = call(1, 10000), call(40, 10000), call(1, 10000, torch.tensor([0, 10000]))
     for uncut in (call(1, 900), call(100, 10000), packed, replace(few, invariant=True)):
-        assert plan.segment(uncut, uncut.sizes[1]) >= uncut.sizes[1]
-    assert plan.segment(few, 10000) < 10000
-    assert plan.segment(few, 10000) % plan.CHUNK == 0
+        assert plan.segment(uncut, uncut.sizes[1], plan.SEGMENTS) >= uncut.sizes[1]
+    assert plan.segment(few, 10000, plan.SEGMENTS) < 10000
+    assert plan.segment(few, 10000, plan.SEGMENTS) % plan.STEP == 0
+    assert plan.segment(more, 10000, plan.SEGMENTS) >= 10000
+    assert plan.segment(more, 10000, plan.SEGMENTS_BACK) < 10000
 
 
 @pytest.mark.parametrize("through", ["y", "state", "both"])

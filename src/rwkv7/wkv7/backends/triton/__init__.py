@@ -1,6 +1,6 @@
 """The portable GPU backend: Triton kernels with static configurations, nothing tuned at run time.
 
-Two routes. In steps of 16 tokens, by chunks of 64 (RWKV-7's own decays, 16-bit inputs, K and V up
+Two routes. In steps of 16 tokens (RWKV-7's own decays, 16-bit inputs, K and V up
 to 128, or 64 on other cards than Hopper's): steps are prepared all at once, then walked. Token by
 token in fp32: the rest.
 Importing this module imports no triton; the kernels are loaded by the first call that runs.
@@ -35,7 +35,7 @@ class TritonBackend:
     def route(self, call: Call) -> str:
         """By chunks or token by token, and why."""
         if plan.takes_chunks(call):
-            return f"triton, by chunks of {plan.CHUNK} tokens"
+            return f"triton, in steps of {plan.STEP} tokens"
         return f"triton, token by token ({plan.why_tokens(call)})"
 
     def saved_shape(self, call: Call) -> tuple[int, ...]:

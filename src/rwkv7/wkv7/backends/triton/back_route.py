@@ -20,17 +20,18 @@ from .kernels.prepare import prepare_steps
 from .launch import Memory, Part, Variant, start
 from .plan import (
     CHUNK,
+    PREPARE,
+    SEGMENTS_BACK,
     STEP,
     block,
     gradients,
     map_rows,
-    prepare,
     products,
     rewalk,
     segment,
     slab_chunks,
 )
-from .saved import Saved, carve, chunk_count, operand_dtype
+from .saved import Saved, carve, operand_dtype, part_count
 from .segments import states_before
 
 STEPS = CHUNK // STEP
@@ -61,7 +62,7 @@ class _Slab:
         operand, word = operand_dtype(call), torch.float32
         return cls(*carve(
             call.v,
-            (operand, m * (4 + parts) * tile), (operand, m * 2 * parts * tile),
+            (operand, m * (3 + parts) * tile), (operand, m * 2 * parts * tile),
             (operand, m * 2 * parts * square), (operand, m * square),
             (word, m * 2 * K), (word, m * 4),
             (operand, m * V * K), (word, m),
@@ -87,7 +88,7 @@ def _kernels(K: int, V: int, how: str, packed: bool, logit: bool, has_dy: bool) 
     sizes, rows = {**keys, "V": V, "BV": block(V), "PACKED": packed}, map_rows(K)
     walk = rewalk(K, V).options()
     return _Kernels(
-        Variant(prepare_steps, **keys, PACKED=packed, LOGIT=logit, **prepare(K, how).options()),
+        Variant(prepare_steps, **keys, PACKED=packed, LOGIT=logit, **PREPARE.options()),
         Variant(rewalk_steps, **sizes, BACK=False, HAS_X=True, **walk),
         Variant(rewalk_steps, **sizes, BACK=True, HAS_X=has_dy, **walk),
         Variant(step_gradients, **sizes, LOGIT=logit, HAS_DY=has_dy, **gradients(K).options()),
@@ -108,7 +109,7 @@ def backward(
     inputs = (call.r, call.w, call.k, call.v, call.a, call.b)
     dr, dw, dk, dv, da, db = (torch.empty_like(x) for x in inputs)
     # Chunks of each sequence, or of all of them where they are packed.
-    chunks, width = (chunk_count(call), 1) if packed else (-(-T // CHUNK), B)
+    chunks, width = (part_count(call, CHUNK), 1) if packed else (-(-T // CHUNK), B)
     most = slab_chunks(chunks, width * H, K, V)
     slab = _Slab.empty(call, how, most * width * STEPS)
     kernels = _kernels(K, V, how, packed, call.decay == "logit", dy is not None)
@@ -140,7 +141,7 @@ def backward(
         behind = dstate, 1
         start(
             kernels.gradients, (programs * STEPS,),
-            (call.w, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
+            (call.w, call.k, call.v, dy, slab.hats, slab.moved, slab.scores, slab.units,
              slab.states, slab.states_scale, slab.dstates, slab.dstates_scale,
              dr, dw, dk, dv, da, db, *where),
         )  # fmt: skip
@@ -167,7 +168,7 @@ def _segments(call: Call, low: int, count: int) -> tuple[int, int]:
     tokens = count * CHUNK
     if call.cu_seqlens is None:
         tokens = min(tokens, call.sizes[1] - low * CHUNK)
-    span = segment(call, tokens)
+    span = segment(call, tokens, SEGMENTS_BACK)
     return -(-tokens // span), span // STEP
 
 

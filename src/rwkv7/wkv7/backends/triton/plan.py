@@ -13,8 +13,11 @@ import torch
 
 from rwkv7.wkv7.contract import Call
 
-CHUNK = 64
 STEP = 16  # tokens that the chunked kernels take at a time
+# Tokens between two states that forward saves for the backward pass, which walks between them
+# again. With 64 more states cross memory, and both passes of 8x4096x64x64 take 1.5 % longer; with
+# 256 0.5 % less, but every packed sequence begins a chunk.
+CHUNK = 128
 SPAN = 16  # tokens between two states that the token route saves, and rebuilds backward
 LARGEST = 256
 # K and V up to which calls go by chunks. The wide kernels are for Hopper, whose products read both
@@ -22,6 +25,14 @@ LARGEST = 256
 CHUNK_LARGEST, CHUNK_LARGEST_ELSEWHERE = 128, 64
 # Sequences up to this length are walked token by token: a chunk would be mostly padding.
 SHORT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Up to how many (sequence, head) pairs are walked in segments, and in how many of them all."""
+
+    pairs: int
+    walks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +53,16 @@ class Launch:
 
 # The chunked route, measured on Hopper (bf16). Forward one warp prepares a step, and nothing in it
 # waits for another. A multiprocessor's quarter has room for two of them, for three with 168
-# registers, but what does not fit then costs more.
-IMAGES = Launch(warps=1)
+# registers, but what does not fit then costs more, backward too.
+IMAGES = PREPARE = Launch(warps=1)
 # A walk has 64 rows of V. With 128 registers four share a multiprocessor, and 512 are one wave;
 # where they do not fill a card, more registers are faster.
 WALK_ROWS = 64
 WALK, WALK_FULL, FULL_WALKS = Launch(4, stages=3), Launch(4, stages=3, registers=128), 384
 # Segments cost another walk of all of them and two more launches. At 96 pairs that is more than
-# they gain forward; backward, in a CUDA graph on an H200, they gain 5 %, at 128 pairs 2 %.
-SEGMENT_PAIRS, SEGMENT_WALKS, SHORTEST_SEGMENT = 64, 512, 512
+# they gain forward; backward they gain 2 % of both passes there (8x4096x12x64). 512 walks forward
+# take a quarter longer than 256 of twice the length, which backward take 8 % longer.
+SEGMENTS, SEGMENTS_BACK, SHORTEST_SEGMENT = Segments(64, 256), Segments(96, 512), 512
 CHAIN = Launch(warps=4)
 # How many numbers the states of all steps of a slab have together: at 2^27 its scratch memory is a
 # gigabyte, and its work fills any card.
@@ -112,18 +124,12 @@ def walk_launch(call: Call, walks: int) -> Launch:
     return WALK_FULL if full and _hopper(call.v) else WALK
 
 
-def segment(call: Call, tokens: int) -> int:
-    """Tokens of the segments in which so many of every sequence are walked, a multiple of CHUNK."""
+def segment(call: Call, tokens: int, segments: Segments) -> int:
+    """Tokens of the segments in which so many of every sequence are walked, a multiple of STEP."""
     pairs, count = call.sequences * call.sizes[2], 1
-    if not call.invariant and call.cu_seqlens is None and pairs <= SEGMENT_PAIRS:
-        count = max(1, min(SEGMENT_WALKS // pairs, tokens // SHORTEST_SEGMENT))
-    return -(-tokens // (count * CHUNK)) * CHUNK
-
-
-def prepare(K: int, how: str) -> Launch:
-    """The preparation of steps, backward: with 168 registers 12 warps share a multiprocessor, not
-    eight, but wide tiles and those of two numbers do not fit in so few."""
-    return Launch(warps=1, registers=168 if how == "half" and block(K) <= 64 else None)
+    if not call.invariant and call.cu_seqlens is None and pairs <= segments.pairs:
+        count = max(1, min(segments.walks // pairs, tokens // SHORTEST_SEGMENT))
+    return -(-tokens // (count * STEP)) * STEP
 
 
 def rewalk(K: int, V: int) -> Launch:
@@ -140,8 +146,9 @@ def map_rows(K: int) -> int:
 
 def gradients(K: int) -> Launch:
     """The gradients of a step, backward: a warp has 32 channels of K. With 16 at 8x4096x64x64 they
-    take 2.6 ms where these take 1.9, and a warp alone, 16 channels after the others, 2.4 (H200)."""
-    return Launch(warps=max(1, block(K) // 32))
+    take 2.6 ms where these take 1.9, and a warp alone, 16 channels after the others, 2.4 (H200).
+    Wider tiles fit into registers with 16: 5.4 ms for 5.7 at 8x4096x32x128 (H100)."""
+    return Launch(warps=max(1, block(K) // (32 if block(K) <= 64 else 16)))
 
 
 def slab_chunks(chunks: int, width: int, K: int, V: int) -> int:

@@ -14,12 +14,12 @@ from .launch import Part
 from .plan import CHUNK, products
 
 
-def chunk_count(call: Call) -> int:
-    """How many chunk numbers the call uses (packed: at most; some may have no tokens)."""
+def part_count(call: Call, tokens: int) -> int:
+    """How many numbers parts of so many tokens use (packed: at most; some may have no tokens)."""
     B, T, *_ = call.sizes
     if call.cu_seqlens is None:
-        return B * -(-T // CHUNK)
-    return T // CHUNK + call.sequences
+        return B * -(-T // tokens)
+    return T // tokens + call.sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def operand_dtype(call: Call) -> torch.dtype:
 
 def _rows(call: Call) -> int:
     _, _, H, _, V = call.sizes
-    return chunk_count(call) * H * V
+    return part_count(call, CHUNK) * H * V
 
 
 def _aligned(words: int) -> int:

@@ -16,6 +16,7 @@ from .launch import Memory, Part, Variant, start
 from .plan import (
     CHUNK,
     IMAGES,
+    SEGMENTS,
     STEP,
     WALK,
     WALK_ROWS,
@@ -25,7 +26,7 @@ from .plan import (
     segment,
     walk_launch,
 )
-from .saved import Saved, carve, chunk_count, operand_dtype
+from .saved import Saved, carve, operand_dtype, part_count
 from .segments import states_before
 
 
@@ -41,7 +42,7 @@ class Images:
     @classmethod
     def empty(cls, call: Call, how: str) -> Images:
         """Memory for all steps of a call."""
-        n, BK = chunk_count(call) * (CHUNK // STEP) * call.sizes[2], chunk_block(call.sizes[3])
+        n, BK = part_count(call, STEP) * call.sizes[2], chunk_block(call.sizes[3])
         value, values = (torch.float32, n) if how == "ieee" else (call.v.dtype, 2 * n)
         tiles = n * 3 * (2 if how == "halves" else 1)
         return cls(
@@ -57,7 +58,7 @@ class Images:
 
 @functools.cache
 def _images(K: int, packed: bool, how: str, logit: bool) -> Variant:
-    sizes = {"K": K, "BK": chunk_block(K), "C": CHUNK, "PACKED": packed, "HOW": how}
+    sizes = {"K": K, "BK": chunk_block(K), "PACKED": packed, "HOW": how}
     return Variant(step_images, **sizes, LOGIT=logit, **IMAGES.options())
 
 
@@ -70,7 +71,7 @@ def _walk(K: int, V: int, packed: bool, how: str, save: bool, launch: Launch) ->
 @functools.cache
 def _maps(K: int, V: int, how: str) -> Variant:
     sizes = {"K": K, "V": V, "BK": chunk_block(K), "HOW": how}
-    return Variant(segment_maps, **sizes, BV=WALK_ROWS, C=CHUNK, **WALK.options())
+    return Variant(segment_maps, **sizes, BV=WALK_ROWS, **WALK.options())
 
 
 def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
@@ -82,12 +83,12 @@ def forward(call: Call, saved: Saved | None) -> tuple[Tensor, Tensor]:
     images = Images.empty(call, how)
     start(
         _images(K, packed, how, call.decay == "logit"),
-        (chunk_count(call) * (CHUNK // STEP) * H,),
+        (part_count(call, STEP) * H,),
         (call.r, call.w, call.k, call.a, call.b,
          images.tiles, images.write, images.direct, images.words,
          call.cu_seqlens, S, T, H),
     )  # fmt: skip
-    span = segment(call, T)
+    span = segment(call, T, SEGMENTS)
     segments = 1 if packed else -(-T // span)
     begin: tuple[Memory, int] = _given(call.state, final)
     if segments > 1:

@@ -1,9 +1,9 @@
 """Backward, the walks over steps of 16 tokens: of the state in every chunk, and of its gradient.
 
-One program walks with the state [V, K] in registers. Both walks are the same, S forward with W, N,
-κ, β and V, E backward with W_b, Pᵀ, ρ, α and dY:
+One program walks with the state [V, K] in registers, S forward and E backward:
 
-    S' = S∘enter     U = W·S'ᵀ + N·V     S ← (S' + Vᵀ·κ + Uᵀ·β)∘leave
+    S' = S∘enter     U = W·S'ᵀ + N·V        S ← (S' + Vᵀ·R + (W·S'ᵀ)ᵀ·β)∘leave
+    E' = E∘enter     Z = W_b·E'ᵀ + Pᵀ·dY    E ← (E' + dYᵀ·ρ + Zᵀ·α)∘leave
 
 Where pairs are few, a slab's E is walked in segments, numbered as they are walked, the last tokens
 first. A segment takes E to E·M + F: `gradient_maps` walks M from the identity and F from zero,
@@ -13,7 +13,7 @@ first. A segment takes E to E·M + F: `gradient_maps` walks M from the identity 
 import triton
 import triton.language as tl
 
-from .slabs import STEPS, slab_chunk, slab_steps
+from .slabs import slab_chunk, slab_steps
 from .tiles import hat_dot, load_scaled, narrow, power_below, split_hat, tile_largest
 
 
@@ -80,7 +80,7 @@ def rewalk_steps(
         chunk, start, tokens = slab_chunk(local, low, L, cu, sequences, T, C, PACKED)
         begin = 0
         end = tl.cdiv(tokens, 16)
-        offset = local * STEPS
+        offset = local * (C // 16)
         if end <= begin:
             return
         saved = chunk.to(tl.int64) * H + h
@@ -89,7 +89,7 @@ def rewalk_steps(
         )
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K
-    HATS: tl.constexpr = (4 + PARTS) * AREA
+    HATS: tl.constexpr = (3 + PARTS) * AREA
     SIDE: tl.constexpr = 1 if BACK else 0
     KEPT: tl.constexpr = PARTS if BACK else 1
     tile = t[:, None] * K + kc[None, :]
@@ -132,7 +132,7 @@ def rewalk_steps(
             n += -1 if BACK else 1
             vv = (n * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_x = tl.load(x_ptr + tl.cast(n * 16, tl.int64) * (H * V), vv, other=0.0)
-            first = tl.load(hats_ptr + index * HATS + (3 if BACK else 2) * AREA, in_tile, other=0.0)
+            first = tl.load(hats_ptr + index * HATS + (2 if BACK else 3) * AREA, in_tile, other=0.0)
             D = tl.load(direct_ptr + index * (2 * PARTS * 256))
             x_unit = hat_unit
             if HOW != "ieee":
@@ -151,14 +151,20 @@ def rewalk_steps(
             tl.store(states_ptr + index * (KEPT * V * K) + V * K + square, half_low, inside)
         U = tl.zeros([BV, 16], tl.float32)
         U = hat_dot(half, half_low, tl.trans(W), tl.trans(W_low), U, HOW)
+        if not BACK:
+            S = tl.dot(narrow(U, HOW), second, acc=S, input_precision="ieee")
         if HAS_X:
             U = tl.dot(xt, tl.trans(D), acc=U, input_precision="ieee")
             if PARTS == 2:
                 D = tl.load(direct_ptr + index * (2 * PARTS * 256) + 256)
                 U = tl.dot(xt, tl.trans(D), acc=U)
             S = tl.dot(xt, first, acc=S, input_precision="ieee")
+            if PARTS == 2 and not BACK:
+                first = tl.load(hats_ptr + index * HATS + 4 * AREA, in_tile, other=0.0)
+                S = tl.dot(xt, first, acc=S)
         U = narrow(U, HOW)
-        S = tl.dot(U, second, acc=S, input_precision="ieee")
+        if BACK:
+            S = tl.dot(U, second, acc=S, input_precision="ieee")
         tl.store(moved_ptr + index * (32 * V) + moved, tl.trans(U), in_moved)
         # One factor after the other, as where a slab ends between them: bits do not depend on it.
         S *= (leave * unit)[None, :]
@@ -206,7 +212,7 @@ def gradient_maps(
     end -= tl.program_id(1) * span
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     AREA: tl.constexpr = 16 * K
-    HATS: tl.constexpr = (4 + PARTS) * AREA
+    HATS: tl.constexpr = (3 + PARTS) * AREA
     t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
     k1 = kc < K
@@ -248,7 +254,7 @@ def gradient_maps(
         if HAS_DY:
             vv = ((n - 1) * 16 + t < tokens)[:, None] & (v1 & more)[None, :]
             next_y = tl.load(dy_ptr + tl.cast((n - 1) * 16, tl.int64) * (H * V), vv, other=0.0)
-            rho = tl.load(hats_ptr + index * HATS + 3 * AREA, in_tile, other=0.0)
+            rho = tl.load(hats_ptr + index * HATS + 2 * AREA, in_tile, other=0.0)
             P = tl.load(direct_ptr + index * (2 * PARTS * 256))
             y = tl.trans(y.to(tl.float32)) * unit
             if HOW != "ieee":

@@ -35,7 +35,7 @@ def _decay_and_slope(w, LOGIT: tl.constexpr):
 def _as_products(w, HOW: tl.constexpr):
     """The tile [K, 16] where products leave theirs, by a product with one. An infinite number would
     be NaN there: beyond 1e4 decays and slopes are what they are at it."""
-    if w.dtype == tl.float32 or HOW == "ieee":
+    if HOW == "ieee" or w.dtype == tl.float32:
         w = w.to(tl.float32)
     else:
         t = tl.arange(0, 16)
@@ -49,9 +49,18 @@ def _dot(x, y, acc):
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
+@triton.jit
+def _spread(x):
+    """The tile [K, 16] in fp32 in the threads that have what products give, by one with one."""
+    t = tl.arange(0, 16)
+    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(x.dtype)
+    return _dot(x, one, tl.zeros(x.shape, tl.float32))
+
+
 @triton.jit(do_not_specialize=["low", "L", "sequences", "T", "H"])
 def step_gradients(
     w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     dy_ptr: tl.tensor,
     hats_ptr: tl.tensor,
@@ -101,7 +110,7 @@ def step_gradients(
     in_moved = (t < 16)[:, None] & v1[None, :]
     states_ptr += index * (V * K) + vc[:, None] * K
     dstates_ptr += index * (PARTS * V * K) + vc[:, None] * K
-    hats_ptr += index * ((4 + PARTS) * 16 * K)
+    hats_ptr += index * ((3 + PARTS) * 16 * K)
     kc = tl.arange(0, BK)
     k1 = kc < K
     inside = v1[:, None] & k1[None, :]
@@ -109,6 +118,7 @@ def step_gradients(
     tile = t[:, None] * K + kc[None, :]
     at_k = first * K + (kc[:, None] + (t * (H * K))[None, :])
     kk = k1[:, None] & (t < tokens)[None, :]
+    kt = (t < tokens)[:, None] & k1[None, :]
     scores_ptr += index * 256 + (t[:, None] * 16 + t[None, :])
     p_unit = tl.load(states_scale + index)
     q_unit = tl.load(dstates_scale + index)
@@ -131,9 +141,9 @@ def step_gradients(
         G = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
         alpha = tl.load(hats_ptr + tile, in_k, other=0.0)
         beta = tl.load(hats_ptr + 16 * K + tile, in_k, other=0.0)
-        kappa = tl.load(hats_ptr + 32 * K + tile, in_k, other=0.0)
-        rho = tl.load(hats_ptr + 48 * K + tile, in_k, other=0.0)
-        R = tl.load(hats_ptr + 64 * K + tile, in_k, other=0.0)
+        rho = tl.load(hats_ptr + 32 * K + tile, in_k, other=0.0)
+        R = tl.load(hats_ptr + 48 * K + tile, in_k, other=0.0)
+        k = tl.load(k_ptr + first * K + (t * (H * K))[:, None] + kc[None, :], kt, other=0.0)
         if HAS_DY:
             dy = tl.load(dy_ptr + at_v, vv, other=0.0)
             G = tl.load(scores_ptr)
@@ -148,13 +158,13 @@ def step_gradients(
         G = tl.zeros([16, 16], hats_ptr.dtype.element_ty)
         alpha = tl.zeros([16, BK], hats_ptr.dtype.element_ty)
         beta = alpha
-        kappa = alpha
+        k = tl.zeros([16, BK], k_ptr.dtype.element_ty)
         rho = alpha
         R = alpha
 
     dv = _dot(E, tl.trans(R), tl.zeros([BV, 16], tl.float32))
     if PARTS == 2:
-        dv = _dot(E, tl.trans(tl.load(hats_ptr + 80 * K + tile, in_k, other=0.0)), dv)
+        dv = _dot(E, tl.trans(tl.load(hats_ptr + 64 * K + tile, in_k, other=0.0)), dv)
         E_low = tl.load(dstates_ptr + V * K + kc[None, :], inside, other=0.0)
         dv = _dot(E_low, tl.trans(R), dv)
     if HAS_DY:
@@ -165,6 +175,7 @@ def step_gradients(
     tl.store(dv_ptr + at_vt, (dv * (q_unit * k_unit)).to(dv_ptr.dtype.element_ty), vvt)
 
     # The gradients of the scores.
+    kept = tl.sum(S.to(tl.float32) * E.to(tl.float32), 0)
     v = narrow(v.to(tl.float32) * (k_unit / v_unit), HOW)
     vp = v_unit / p_unit
     yq = y_unit / q_unit
@@ -179,8 +190,6 @@ def step_gradients(
         vy = narrow(tl.where(from_it, _dot(v, yt, no_cc), 0.0), HOW)
         uy = narrow(tl.where(from_it, _dot(U, yt, no_cc), 0.0), HOW)
     from_each = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(tl.bfloat16)
-    # A product with one brings a tile to the threads that have what products gave.
-    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(kappa.dtype)
 
     none = tl.zeros([BK, 16], tl.float32)
     decay, slope = _decay_and_slope(_as_products(w, HOW), LOGIT)
@@ -189,7 +198,7 @@ def step_gradients(
     before = tl.exp2(multiply(decay, counting(16, 1), none, HOW))
     up = tl.exp2(g)
     down = tl.exp2(-g)
-    kappa = tl.trans(kappa)
+    kappa = narrow(_spread(tl.trans(k)) * (down * (1.0 / k_unit)), HOW)
     alpha = tl.trans(alpha)
     beta = tl.trans(beta)
     rho = tl.trans(rho)
@@ -197,7 +206,7 @@ def step_gradients(
     d = _dot(tl.trans(S), zt, none)
     d = _dot(kappa, _by(vz, vp), d)
     d = _dot(beta, uz, d) * (q_unit * p_unit)
-    after = _dot(alpha, one, none) * d
+    after = _spread(alpha) * d
     tl.store(da_ptr + at_k, (d * before).to(da_ptr.dtype.element_ty), kk)
     arrives = after
     d = none
@@ -205,10 +214,10 @@ def step_gradients(
         d = _dot(tl.trans(S), yt, none)
         d = _dot(kappa, _by(vy, vp), d)
         d = _dot(beta, uy, d) * (y_unit * p_unit)
-        arrives += _dot(rho, one, none) * d
+        arrives += _spread(rho) * d
     tl.store(dr_ptr + at_k, (d * (up * (1.0 / r_unit))).to(dr_ptr.dtype.element_ty), kk)
     d = _dot(tl.trans(E), tl.trans(v), none)
-    hat = _dot(kappa, one, none)
+    hat = kappa.to(tl.float32)
     passing = tl.sum(hat * d, 1) * (v_unit * q_unit)
     d = _dot(alpha, tl.trans(vz), d)
     if HAS_DY:
@@ -217,7 +226,7 @@ def step_gradients(
     arrives -= hat * d
     tl.store(dk_ptr + at_k, (d * (down * (1.0 / k_unit))).to(dk_ptr.dtype.element_ty), kk)
     d = _dot(tl.trans(E), tl.trans(U), none)
-    hat = _dot(beta, one, none)
+    hat = _spread(beta)
     passing += tl.sum(hat * d, 1) * (p_unit * q_unit)
     d = _dot(alpha, tl.trans(uz), d)
     if HAS_DY:
@@ -228,6 +237,6 @@ def step_gradients(
 
     # What arrives at the decays from this token on, and what passes to the state after the
     # step: all that keys leave there, and what was there.
-    passing += tl.sum(S.to(tl.float32) * E.to(tl.float32), 0) * (p_unit * q_unit)
+    passing += kept * (p_unit * q_unit)
     dlog = multiply(arrives, from_each, none, HOW) - after + passing[:, None]
     tl.store(dw_ptr + at_k, (dlog * slope).to(dw_ptr.dtype.element_ty), kk)

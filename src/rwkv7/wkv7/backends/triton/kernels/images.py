@@ -1,4 +1,4 @@
-"""Forward, chunk by chunk and all chunks at once: what the walk reads of every step of 16 tokens.
+"""Forward, all steps of 16 tokens at once: what the walk reads of each.
 
 Letters as in the algebra of docs/kernels.md: with exponents from the middle of a step, α, β, κ, ρ
 are its decayed a, b, k, r and A_ab and its like the lower triangles of their products. To the
@@ -91,7 +91,6 @@ def step_images(
     H: tl.tensor,
     K: tl.constexpr,
     BK: tl.constexpr,
-    C: tl.constexpr,
     LOGIT: tl.constexpr,
     PACKED: tl.constexpr,
     HOW: tl.constexpr,
@@ -99,16 +98,15 @@ def step_images(
     """tiles [m, H, 3 · PARTS, 16, BK] = W, Q, for HOW "halves" what fp16 left of both, B and what
     it left; write [m, H, 2, 16, BK] = R and direct [m, H, 2, 16, 16] = G in two numbers of the
     dtype of v each ("ieee": one); words [m, H, BK + 32] = D and, 16 times each, the powers of two
-    of r, which Q and G lack, and of k, which R and G lack.
+    of r, which Q and G lack, and of k, which for HOW "halves" R and G lack.
 
-    m counts steps, C / 16 a chunk; those without tokens are not written. Channels go in parts of
+    m counts steps; packed, some numbers are unused and not written. Channels go in parts of
     64, the last of which stays in registers.
     """
     h = tl.program_id(0) % H
     step = tl.program_id(0) // H
-    start, tokens = chunk_bounds(step // (C // 16), cu, sequences, T, C, PACKED)
-    skipped = step % (C // 16) * 16
-    if tokens <= skipped:
+    start, tokens = chunk_bounds(step, cu, sequences, T, 16, PACKED)
+    if tokens <= 0:
         return
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     VALUE_PARTS: tl.constexpr = 1 if HOW == "ieee" else 2
@@ -124,14 +122,17 @@ def step_images(
     tiles_ptr += index * (3 * PARTS * AREA) + tile
     write_ptr += index * (VALUE_PARTS * AREA) + tile
     words_ptr += index * (BK + 32)
-    first = ((start + skipped) * H + h) * K
-    inside = (skipped + t < tokens)[:, None]
+    first = (start * H + h) * K
+    inside = (t < tokens)[:, None]
     kk = inside & (kc < K)[None, :]
     r, w, k, a, b = load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, kk)
     r_power = _step_power(r, r_ptr, first, at, inside, kc, K, BK)
     k_power = _step_power(k, k_ptr, first, at, inside, kc, K, BK)
     tl.store(words_ptr + BK + t, r_power)
-    tl.store(words_ptr + BK + 16 + t, k_power)
+    written_power = k_power
+    if HOW == "halves":
+        tl.store(words_ptr + BK + 16 + t, k_power)
+        written_power = 1.0
     A_ab, A_ba, A_ka, A_rb, A_rk = none, none, none, none, none
     for part in tl.static_range(0, BK, 64):
         kk = inside & (part + kc < K)[None, :]
@@ -150,6 +151,7 @@ def step_images(
         A_rb = dot_turned(rh, rh_low, be, be_low, A_rb, HOW)
         A_rk = dot_turned(rh, rh_low, ka, ka_low, A_rk, HOW)
     x, x_low, n, n_low, p, p_low, G = _step_squares(A_ab, A_ba, A_ka, A_rb, A_rk, HOW)
+    G *= written_power
     store_parts(G, direct_ptr + index * (VALUE_PARTS * 256) + square, 256, VALUE_PARTS)
     for back in tl.static_range(0, BK, 64):
         part = BK - 64 - back
@@ -170,7 +172,7 @@ def step_images(
         if HOW == "half":
             # On a repeated key little is left of κ, and every step leaves its error in the state.
             R = tl.dot(n, be_low, acc=R)
-        store_parts(R * to_end[None, :], write_ptr + part, AREA, VALUE_PARTS)
+        store_parts(R * (to_end * written_power)[None, :], write_ptr + part, AREA, VALUE_PARTS)
         store_parts(beta * to_end[None, :], tiles_ptr + 2 * PARTS * AREA + part, AREA, PARTS)
         al, al_low = tl.trans(turned(al)), tl.trans(turned(al_low))
         W = hat_dot(x, x_low, al, al_low, tl.zeros([16, 64], tl.float32), HOW)

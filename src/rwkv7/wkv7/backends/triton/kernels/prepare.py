@@ -52,7 +52,7 @@ def prepare_steps(
     PACKED: tl.constexpr,
     HOW: tl.constexpr,
 ):
-    """For m steps of a slab: hats [m, H, 5, 16, K] = α, β, κ, ρ, R; through [m, H, 2, 16, K] = W,
+    """For m steps of a slab: hats [m, H, 4, 16, K] = α, β, ρ, R; through [m, H, 2, 16, K] = W,
     W_b; direct [m, H, 2, 16, 16] = N, Pᵀ (for "halves" two numbers each of R, W, W_b, N and Pᵀ);
     scores [m, H, 16, 16] = Gᵀ; ends [m, H, 2, K], the decays from the step's start to its middle
     and from there to its end; units [m, H, 4], the powers of two out of κ and ρ, and room for those
@@ -75,7 +75,7 @@ def prepare_steps(
     in_tile = (t < 16)[:, None] & k1[None, :]
     square = t[:, None] * 16 + t[None, :]
     every = (t < 16)[:, None] & (t < 16)[None, :]
-    hats_ptr += index * ((4 + PARTS) * AREA) + tile
+    hats_ptr += index * ((3 + PARTS) * AREA) + tile
     through_ptr += index * (2 * PARTS * AREA) + tile
     direct_ptr += index * (2 * PARTS * 256) + square
     scores_ptr += index * 256 + square
@@ -102,8 +102,7 @@ def prepare_steps(
     rh, rh_low = split_hat(rho, HOW)
     tl.store(hats_ptr, al, in_tile)
     tl.store(hats_ptr + AREA, be, in_tile)
-    tl.store(hats_ptr + 2 * AREA, ka, in_tile)
-    tl.store(hats_ptr + 3 * AREA, rh, in_tile)
+    tl.store(hats_ptr + 2 * AREA, rh, in_tile)
     A_ab = tl.where(below, dot_turned(al, al_low, be, be_low, none, HOW), 0.0)
     A_ba = tl.where(above, dot_turned(be, be_low, al, al_low, none, HOW), 0.0)
     X, Xt = step_inverse(A_ab, A_ba, PAIR)
@@ -131,4 +130,4 @@ def prepare_steps(
         R = tl.dot(one, ka_low, acc=R)
     else:
         R += kappa
-    _store_halves(R, hats_ptr + 4 * AREA, in_tile, AREA, HOW)
+    _store_halves(R, hats_ptr + 3 * AREA, in_tile, AREA, HOW)

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .tiles import chunk_bounds, first_chunk, sequence_bounds
 
-STEPS = tl.constexpr(4)  # steps in a chunk
 STEP = tl.constexpr(16)
 
 
@@ -46,8 +45,8 @@ def slab_step(
     PACKED: tl.constexpr,
 ):
     """(first row, tokens) of step `step` of a slab; tokens ≤ 0 where it has none."""
-    _, start, tokens = slab_chunk(step // STEPS, low, L, cu, sequences, T, C, PACKED)
-    skipped = step % STEPS * STEP
+    _, start, tokens = slab_chunk(step // (C // STEP), low, L, cu, sequences, T, C, PACKED)
+    skipped = step % (C // STEP) * STEP
     return start + skipped, tokens - skipped
 
 
@@ -72,5 +71,6 @@ def slab_steps(
         offset = s * L - low
         begin = low
         end = low + L
+    STEPS: tl.constexpr = C // STEP
     end = tl.minimum(end * STEPS, tl.cdiv(tokens, STEP))
     return start, tokens, begin * STEPS, end, offset * STEPS

@@ -53,7 +53,16 @@ def _running_sums(decay: tl.tensor, SKIP: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
-def load_inputs(r_ptr, w_ptr, k_ptr, a_ptr, b_ptr, first, at, inside):
+def load_inputs(
+    r_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    first: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+):
     """(r, w, k, a, b) [16, K] of a step; the scalar `first` has the 64-bit part of addresses."""
     # Other loads the compiler moves to where they are read, and a warp then waits for memory
     # several times.

@@ -14,15 +14,19 @@ from .tiles import first_chunk, hat_dot, multiply, row_powers, sequence_bounds, 
 
 
 @triton.jit
-def _step_words(words_ptr, kc, row, there, BK: tl.constexpr):
+def _step_words(words_ptr, kc, row, there, BK: tl.constexpr, HOW: tl.constexpr):
     """(D, the powers of r and k for every row) of a step that may not be `there`.
+
+    That of k is 1 but for fp16 inputs: the dtype of R and G has its range.
 
     What no product reads Triton's pipeline leaves where it is, so it is asked for a step ahead; the
     powers at 16 places, for the compiler waits at once for what is the same in all threads.
     """
     D = tl.load(words_ptr + kc, (kc < BK) & there, other=0.0)
     r_power = tl.load(words_ptr + BK + row % 16, (row >= 0) & there, other=0.0)
-    k_power = tl.load(words_ptr + BK + 16 + row % 16, (row >= 0) & there, other=0.0)
+    k_power = tl.full(row.shape, 1.0, tl.float32)
+    if HOW == "halves":
+        k_power = tl.load(words_ptr + BK + 16 + row % 16, (row >= 0) & there, other=0.0)
     return D, r_power, k_power
 
 
@@ -89,7 +93,7 @@ def walk_segments(
     [n, H, V, K], and the powers of two of its rows, states_scale [n, H, V].
 
     Programs: (sequence, head) and, next to each other as they read the same, block of V; segment
-    of `span` tokens, a multiple of C. state: that before every segment, [pairs, segments, V, K],
+    of `span` tokens, a multiple of 16. state: that before every segment, [pairs, segments, V, K],
     zeros unless `given`.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -101,29 +105,29 @@ def walk_segments(
     if (segment > 0) & (segment * span >= tokens):
         return
     last = (segment + 1) * span >= tokens
-    chunk = first_chunk(s, cu, T, C, PACKED).to(tl.int64) + segment * span // C
+    before = segment * span // 16  # steps
     start += segment * span
     tokens = tl.minimum(tokens - segment * span, span)
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1
     VALUE_PARTS: tl.constexpr = 1 if HOW == "ieee" else 2
     AREA: tl.constexpr = 16 * BK
-    STEPS: tl.constexpr = C // 16
     t = tl.arange(0, 16)
     kc = tl.arange(0, BK)
     vc = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
     v1 = vc < V
     square = vc[:, None] * K + kc[None, :]
     inside = v1[:, None] & (kc < K)[None, :]
-    before = pair.to(tl.int64) * tl.num_programs(1) + segment
-    S = tl.load(state_ptr + before * (V * K) + square, inside & (given != 0), other=0.0)
+    given_state = pair.to(tl.int64) * tl.num_programs(1) + segment
+    S = tl.load(state_ptr + given_state * (V * K) + square, inside & (given != 0), other=0.0)
     tile = t[:, None] * BK + kc[None, :]
     two_tiles = tl.arange(0, 32)[:, None] * BK + kc[None, :]
     small = t[:, None] * 16 + t[None, :]
     at_v = (t * (H * V))[:, None] + vc[None, :]
     steps = tl.cdiv(tokens, 16)
-    image = chunk * STEPS * H + h
+    image = (first_chunk(s, cu, T, 16, PACKED).to(tl.int64) + before) * H + h
+    chunk = first_chunk(s, cu, T, C, PACKED).to(tl.int64)
     words_ptr += image * (BK + 32)
-    next_D, next_r, next_k = _step_words(words_ptr, kc, vc, steps > 0, BK)
+    next_D, next_r, next_k = _step_words(words_ptr, kc, vc, steps > 0, BK, HOW)
     for n in range(steps):
         index = image + n * H
         tiles = tiles_ptr + index * (3 * PARTS * AREA)
@@ -135,17 +139,17 @@ def walk_segments(
         G, G_low = load_parts(direct, 256, VALUE_PARTS)
         D, r_power, k_power = next_D, next_r, next_k
         words_ptr += H * (BK + 32)
-        next_D, next_r, next_k = _step_words(words_ptr, kc, vc, n + 1 < steps, BK)
+        next_D, next_r, next_k = _step_words(words_ptr, kc, vc, n + 1 < steps, BK, HOW)
         at = ((start + n * 16) * H + h) * V
         vv = (n * 16 + t < tokens)[:, None] & v1[None, :]
         v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
         power, S, half, low = _scaled_state(S, HOW)
         if SAVE:
-            where = (chunk + n // STEPS) * H + h
-            kept = (n % STEPS == 0) & inside
-            tl.store(states_ptr + where * (V * K) + square, half, kept)
+            where = (chunk + (before + n) // (C // 16)) * H + h
+            kept = (before + n) % (C // 16) == 0
+            tl.store(states_ptr + where * (V * K) + square, half, kept & inside)
             if HOW != "ieee":
-                tl.store(states_scale + where * V + vc, power, (n % STEPS == 0) & v1)
+                tl.store(states_scale + where * V + vc, power, kept & v1)
         both = tl.zeros([BV, 32], tl.float32)
         both = hat_dot(half, low, tl.trans(WQ), tl.trans(WQ_low), both, HOW)
         U, Y = tl.split(tl.permute(tl.reshape(both, [BV, 2, 16]), (0, 2, 1)))
@@ -171,12 +175,11 @@ def segment_maps(
     K: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    C: tl.constexpr,
     HOW: tl.constexpr,
 ):
     """maps [pairs, segments, BK + V, BK]: M, then B, of every segment but a sequence's last.
 
-    Programs: (sequence, head) and block of those rows; segment of `span` tokens, a multiple of C.
+    Programs: (sequence, head) and block of those rows; segment of `span` tokens, a multiple of 16.
     """
     BLOCKS: tl.constexpr = BK // BV + (V + BV - 1) // BV
     pair = tl.program_id(0) // BLOCKS
@@ -194,11 +197,10 @@ def segment_maps(
     tile = t[:, None] * BK + kc[None, :]
     S = tl.where(row[:, None] == kc[None, :], 1.0, 0.0)
     start = (pair // H).to(tl.int64) * T + segment * span
-    chunk = (pair // H).to(tl.int64) * tl.cdiv(T, C) + segment * span // C
-    image = chunk * (C // 16) * H + h
+    image = ((pair // H).to(tl.int64) * tl.cdiv(T, 16) + segment * span // 16) * H + h
     steps = span // 16
     words_ptr += image * (BK + 32)
-    next_D, _, next_k = _step_words(words_ptr, kc, row, steps > 0, BK)
+    next_D, _, next_k = _step_words(words_ptr, kc, row, steps > 0, BK, HOW)
     for n in range(steps):
         index = image + n * H
         tiles = tiles_ptr + index * (3 * PARTS * AREA) + tile
@@ -208,7 +210,7 @@ def segment_maps(
         R, R_low = load_parts(write, AREA, VALUE_PARTS)
         D, k_power = next_D, next_k
         words_ptr += H * (BK + 32)
-        next_D, _, next_k = _step_words(words_ptr, kc, row, n + 1 < steps, BK)
+        next_D, _, next_k = _step_words(words_ptr, kc, row, n + 1 < steps, BK, HOW)
         at = ((start + n * 16) * H + h) * V
         v = tl.trans(tl.load(v_ptr + at + at_v, vv, other=0.0))
         power, S, half, low = _scaled_state(S, HOW)
