@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LOCKS := requirements/lock.txt requirements/peers.txt requirements/cuda.txt
+LOCKS := requirements/lock.txt requirements/peers.txt requirements/cuda.txt requirements/triton.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two threads fighting over a tensor of a few kilobytes are slower than one: a test process gets one
 # thread, and there is a process for each core.
@@ -35,6 +35,7 @@ $(READY): $(LOCKS) pyproject.toml
 	    test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	    $(PIP) install --quiet --no-compile -r requirements/lock.txt; \
 	    $(PIP) install --quiet --no-deps -r requirements/peers.txt -r requirements/cuda.txt; \
+    $(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) install --quiet --no-deps -r requirements/triton.txt; \
 	    $(PIP) install --quiet --no-deps --no-build-isolation -e .; \
 	    touch $@; \
 	    echo "==> Set up in $$(( $$(date +%s) - start )) s"

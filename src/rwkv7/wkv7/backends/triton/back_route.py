@@ -91,7 +91,7 @@ def _kernels(K: int, V: int, how: str, packed: bool, logit: bool, has_dy: bool) 
         Variant(prepare_steps, **keys, PACKED=packed, LOGIT=logit, **PREPARE.options()),
         Variant(rewalk_steps, **sizes, BACK=False, HAS_X=True, **walk),
         Variant(rewalk_steps, **sizes, BACK=True, HAS_X=has_dy, **walk),
-        Variant(step_gradients, **sizes, LOGIT=logit, HAS_DY=has_dy, **gradients(K).options()),
+        Variant(step_gradients, **sizes, LOGIT=logit, HAS_DY=has_dy, **gradients(K, V).options()),
         Variant(gradient_maps, **keys, V=V, ROWS=rows, HAS_DY=has_dy, **rewalk(K, rows).options()),
     )
 

@@ -60,8 +60,8 @@ IMAGES = PREPARE = Launch(warps=1)
 WALK_ROWS = 64
 WALK, WALK_FULL, FULL_WALKS = Launch(4, stages=3), Launch(4, stages=3, registers=128), 384
 # Segments cost another walk of all of them and two more launches. At 96 pairs that is more than
-# they gain forward; backward they gain 2 % of both passes there (8x4096x12x64). 512 walks forward
-# take a quarter longer than 256 of twice the length, which backward take 8 % longer.
+# they gain forward; backward they gain 2 % of both passes there (8x4096x12x64). 256 walks forward,
+# not 512, take 1 % off both passes of 1x8192x32x64 and add 0.6 % to 1x65536x32x64.
 SEGMENTS, SEGMENTS_BACK, SHORTEST_SEGMENT = Segments(64, 256), Segments(96, 512), 512
 CHAIN = Launch(warps=4)
 # How many numbers the states of all steps of a slab have together: at 2^27 its scratch memory is a
@@ -144,11 +144,12 @@ def map_rows(K: int) -> int:
     return min(block(K), WALK_ROWS)
 
 
-def gradients(K: int) -> Launch:
+def gradients(K: int, V: int) -> Launch:
     """The gradients of a step, backward: a warp has 32 channels of K. With 16 at 8x4096x64x64 they
     take 2.6 ms where these take 1.9, and a warp alone, 16 channels after the others, 2.4 (H200).
-    Wider tiles fit into registers with 16: 5.4 ms for 5.7 at 8x4096x32x128 (H100)."""
-    return Launch(warps=max(1, block(K) // (32 if block(K) <= 64 else 16)))
+    States of 128 x 128 fit into registers with 16: 5.4 ms for 5.7 at 8x4096x32x128 (H100). Beside a
+    V of 64 they need not, and those eight warps met an illegal address (docs/triton.md)."""
+    return Launch(warps=max(1, block(K) // (16 if min(block(K), block(V)) > 64 else 32)))
 
 
 def slab_chunks(chunks: int, width: int, K: int, V: int) -> int:

@@ -198,6 +198,8 @@ def step_gradients(
     before = tl.exp2(multiply(decay, counting(16, 1), none, HOW))
     up = tl.exp2(g)
     down = tl.exp2(-g)
+    if HOW == "ieee":
+        k = k.to(tl.float32)  # the interpreter multiplies bf16 as integers
     kappa = narrow(_spread(tl.trans(k)) * (down * (1.0 / k_unit)), HOW)
     alpha = tl.trans(alpha)
     beta = tl.trans(beta)

@@ -98,7 +98,7 @@ def step_images(
     """tiles [m, H, 3 · PARTS, 16, BK] = W, Q, for HOW "halves" what fp16 left of both, B and what
     it left; write [m, H, 2, 16, BK] = R and direct [m, H, 2, 16, 16] = G in two numbers of the
     dtype of v each ("ieee": one); words [m, H, BK + 32] = D and, 16 times each, the powers of two
-    of r, which Q and G lack, and of k, which for HOW "halves" R and G lack.
+    of r, which Q and G lack, and of k, which for HOW "halves" R and G lack (a 16th of it).
 
     m counts steps; packed, some numbers are unused and not written. Channels go in parts of
     64, the last of which stays in registers.
@@ -131,8 +131,9 @@ def step_images(
     tl.store(words_ptr + BK + t, r_power)
     written_power = k_power
     if HOW == "halves":
-        tl.store(words_ptr + BK + 16 + t, k_power)
-        written_power = 1.0
+        # Room for small keys beside a large one, where fp16 has no more digits.
+        tl.store(words_ptr + BK + 16 + t, k_power * 0.0625)
+        written_power = 16.0
     A_ab, A_ba, A_ka, A_rb, A_rk = none, none, none, none, none
     for part in tl.static_range(0, BK, 64):
         kk = inside & (part + kc < K)[None, :]

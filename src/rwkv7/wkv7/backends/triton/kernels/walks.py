@@ -102,8 +102,6 @@ def walk_segments(
     s = pair // H
     h = pair % H
     start, tokens = sequence_bounds(s, cu, T, PACKED)
-    if (segment > 0) & (segment * span >= tokens):
-        return
     last = (segment + 1) * span >= tokens
     before = segment * span // 16  # steps
     start += segment * span
