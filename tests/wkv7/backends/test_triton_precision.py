@@ -133,6 +133,22 @@ def test_sizes_that_fp16_does_not_hold(
     assert_within_bounds(sample, with_state=state != "none")
 
 
+@pytest.mark.usefixtures("rounding")
+def test_a_large_key_beside_small_ones() -> None:
+    """Forward, fp16: the powers of a step are the large one's."""
+    sample = Sample(Shape(1, 40, 1, 64), torch.float32, torch.device("cpu"))
+    _, _, k, v, _, _ = sample.inputs
+    k *= 1e-2
+    k[:, 20] *= 3e4
+    v[:, :20] *= 10
+    v[:, 20] *= 1e-3
+    v[:, 21:] *= 10
+    sample.inputs, sample.dtype = [x.half() for x in sample.inputs], torch.float16
+    y, final = wkv7(*sample.inputs, sample.state, backend="triton")
+    errors, ok = Judge(sample).errors({"y": y, "state": final}, "logit")
+    assert ok, " ".join(f"{n} {e:.1e}" for n, e in errors.items())
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("values", ["model", "same key", "large v"])
 @pytest.mark.usefixtures("rounding")
