@@ -12,7 +12,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from rwkv7.wkv7.contract import Call
 
 from . import plan
 from .saved import Saved
+
+Result = TypeVar("Result")
 
 
 class TritonBackend:
@@ -56,11 +60,8 @@ class TritonBackend:
             return torch.empty_like(call.v), call.initial_state().clone(), saved
         call = _contiguous(call)
         with _on(call.r):
-            if not call.r.is_cuda:  # an interpreter compiles nothing
-                return *_forward(call, saved, save), saved
-            from .launch import run_together
-
-            y, final = run_together(
+            y, final = _run(
+                call,
                 lambda: _forward(call, saved, save),
                 (lambda: _backward(call, saved, torch.empty_like(call.v), None)) if save else None,
             )
@@ -79,11 +80,7 @@ class TritonBackend:
         dy = None if dy is None else dy.contiguous()
         dstate = None if dstate is None else dstate.contiguous()
         with _on(call.r):
-            if not call.r.is_cuda:
-                return _backward(call, saved, dy, dstate)
-            from .launch import run_together
-
-            return run_together(lambda: _backward(call, saved, dy, dstate))
+            return _run(call, lambda: _backward(call, saved, dy, dstate))
 
     def refuses_step(self, r: Tensor, v: Tensor, state: Tensor) -> str | None:
         """As `refuses`; the pool must be contiguous, since its rows change in place."""
@@ -99,6 +96,17 @@ class TritonBackend:
             return torch.empty_like(inputs[3])
         with _on(state):
             return step(tuple(x.contiguous() for x in inputs), state, decay, slots)
+
+
+def _run(
+    call: Call, route: Callable[[], Result], then: Callable[[], object] | None = None
+) -> Result:
+    """`run_together`, but for an interpreter, which compiles nothing."""
+    if not call.r.is_cuda:
+        return route()
+    from .launch import run_together
+
+    return run_together(route, then)
 
 
 def _forward(call: Call, saved: Tensor, save: bool) -> tuple[Tensor, Tensor]:

@@ -32,29 +32,32 @@ def _decay_and_slope(w, LOGIT: tl.constexpr):
 
 
 @triton.jit
-def _as_products(w, HOW: tl.constexpr):
-    """The tile [K, 16] where products leave theirs, by a product with one. An infinite number would
-    be NaN there: beyond 1e4 decays and slopes are what they are at it."""
-    if HOW == "ieee" or w.dtype == tl.float32:
-        w = w.to(tl.float32)
-    else:
-        t = tl.arange(0, 16)
-        one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(w.dtype)
-        w = tl.dot(tl.clamp(w.to(tl.float32), -1e4, 1e4).to(w.dtype), one)
-    return w
-
-
-@triton.jit
 def _dot(x, y, acc):
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
 @triton.jit
-def _spread(x):
-    """The tile [K, 16] in fp32 in the threads that have what products give, by one with one."""
-    t = tl.arange(0, 16)
-    one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(x.dtype)
-    return _dot(x, one, tl.zeros(x.shape, tl.float32))
+def _as_products(x, HOW: tl.constexpr):
+    """The tile [K, 16] in fp32 where products leave theirs, by a product with one; for "ieee",
+    where the interpreter would multiply bf16 as integers, as it is."""
+    if HOW == "ieee":
+        x = x.to(tl.float32)
+    else:
+        t = tl.arange(0, 16)
+        one = tl.where(t[:, None] == t[None, :], 1.0, 0.0).to(x.dtype)
+        x = tl.dot(x, one)
+    return x
+
+
+@triton.jit
+def _finite(w, HOW: tl.constexpr):
+    """`_as_products` of w. An infinite number would be NaN there: beyond 1e4 decays and slopes are
+    what they are at it."""
+    if HOW == "ieee" or w.dtype == tl.float32:
+        w = w.to(tl.float32)
+    else:
+        w = _as_products(tl.clamp(w.to(tl.float32), -1e4, 1e4).to(w.dtype), HOW)
+    return w
 
 
 @triton.jit(do_not_specialize=["low", "L", "sequences", "T", "H"])
@@ -192,15 +195,13 @@ def step_gradients(
     from_each = tl.where(t[:, None] >= t[None, :], 1.0, 0.0).to(tl.bfloat16)
 
     none = tl.zeros([BK, 16], tl.float32)
-    decay, slope = _decay_and_slope(_as_products(w, HOW), LOGIT)
+    decay, slope = _decay_and_slope(_finite(w, HOW), LOGIT)
     decay = tl.where(kk, decay, 0.0)
     g = multiply(decay, counting(16, 0), none, HOW)
     before = tl.exp2(multiply(decay, counting(16, 1), none, HOW))
     up = tl.exp2(g)
     down = tl.exp2(-g)
-    if HOW == "ieee":
-        k = k.to(tl.float32)  # the interpreter multiplies bf16 as integers
-    kappa = narrow(_spread(tl.trans(k)) * (down * (1.0 / k_unit)), HOW)
+    kappa = narrow(_as_products(tl.trans(k), HOW) * (down * (1.0 / k_unit)), HOW)
     alpha = tl.trans(alpha)
     beta = tl.trans(beta)
     rho = tl.trans(rho)
@@ -208,7 +209,7 @@ def step_gradients(
     d = _dot(tl.trans(S), zt, none)
     d = _dot(kappa, _by(vz, vp), d)
     d = _dot(beta, uz, d) * (q_unit * p_unit)
-    after = _spread(alpha) * d
+    after = _as_products(alpha, HOW) * d
     tl.store(da_ptr + at_k, (d * before).to(da_ptr.dtype.element_ty), kk)
     arrives = after
     d = none
@@ -216,7 +217,7 @@ def step_gradients(
         d = _dot(tl.trans(S), yt, none)
         d = _dot(kappa, _by(vy, vp), d)
         d = _dot(beta, uy, d) * (y_unit * p_unit)
-        arrives += _spread(rho) * d
+        arrives += _as_products(rho, HOW) * d
     tl.store(dr_ptr + at_k, (d * (up * (1.0 / r_unit))).to(dr_ptr.dtype.element_ty), kk)
     d = _dot(tl.trans(E), tl.trans(v), none)
     hat = kappa.to(tl.float32)
@@ -228,7 +229,7 @@ def step_gradients(
     arrives -= hat * d
     tl.store(dk_ptr + at_k, (d * (down * (1.0 / k_unit))).to(dk_ptr.dtype.element_ty), kk)
     d = _dot(tl.trans(E), tl.trans(U), none)
-    hat = _spread(beta)
+    hat = _as_products(beta, HOW)
     passing += tl.sum(hat * d, 1) * (p_unit * q_unit)
     d = _dot(alpha, tl.trans(uz), d)
     if HAS_DY:

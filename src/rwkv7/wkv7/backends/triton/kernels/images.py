@@ -132,8 +132,8 @@ def step_images(
     written_power = k_power
     if HOW == "halves":
         # Room for small keys beside a large one, where fp16 has no more digits.
-        tl.store(words_ptr + BK + 16 + t, k_power * 0.0625)
         written_power = 16.0
+        tl.store(words_ptr + BK + 16 + t, k_power * (1.0 / written_power))
     A_ab, A_ba, A_ka, A_rb, A_rk = none, none, none, none, none
     for part in tl.static_range(0, BK, 64):
         kk = inside & (part + kc < K)[None, :]
