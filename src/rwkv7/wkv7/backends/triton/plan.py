@@ -148,7 +148,7 @@ def gradients(K: int, V: int) -> Launch:
     """The gradients of a step, backward: a warp has 32 channels of K. With 16 at 8x4096x64x64 they
     take 2.6 ms where these take 1.9, and a warp alone, 16 channels after the others, 2.4 (H200).
     States of 128 x 128 fit into registers with 16: 5.4 ms for 5.7 at 8x4096x32x128 (H100). Beside a
-    V of 64 they need not, and those eight warps met an illegal address (docs/triton.md)."""
+    V of 64 they need not, and ptxas compiles those eight warps wrongly in fp16 (docs/triton.md)."""
     return Launch(warps=max(1, block(K) // (16 if min(block(K), block(V)) > 64 else 32)))
 
 
