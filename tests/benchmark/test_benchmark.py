@@ -30,6 +30,7 @@ from rwkv7.benchmark.document import BEGIN, END
 from rwkv7.benchmark.sample import Judge, Sample
 from rwkv7.benchmark.table import row
 from rwkv7.wkv7 import wkv7
+from rwkv7.wkv7.contract import invariance_wanted
 from rwkv7.wkv7.registry import backend_names
 from rwkv7.wkv7.tolerance import RESULTS, relative_error
 
@@ -156,6 +157,27 @@ def test_every_backend_is_measured_or_says_why_not():
         assert result.first_call_s > 0
         assert result.training_mib > result.forward_mib > 0
         assert result.kernels
+
+
+def test_a_backend_is_measured_inside_batch_invariant_too(monkeypatch):
+    seen = []
+
+    def watched(*inputs, **options):
+        seen.append(invariance_wanted())
+        return wkv7(*inputs, **options)
+
+    monkeypatch.setattr("rwkv7.benchmark.subjects.wkv7", watched)
+    subjects = [backend("torch"), backend("torch:invariant")]
+    results = [
+        m.run() for m in measurements("operator", Shape(1, 8, 1, 8), torch.float32, CPU, subjects)
+    ]
+    assert [result.subject for result in results] == ["torch", "torch, batch-invariant"]
+    assert all(result.ok for result in results)
+    assert seen == sorted(seen)  # the first without, then the second
+    assert set(seen) == {False, True}
+    assert not invariance_wanted()
+    with pytest.raises(ValueError, match="or NAME:invariant, found 'torch:'"):
+        backend("torch:")
 
 
 def test_decoding_is_one_step_in_place():

@@ -5,6 +5,7 @@ Each takes a sample in its own layouts and forms, converted before any clock run
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rwkv7.machine import package_version
 from rwkv7.state import state_to_fla
-from rwkv7.wkv7 import explain, wkv7, wkv7_step_
+from rwkv7.wkv7 import batch_invariant, explain, wkv7, wkv7_step_
 from rwkv7.wkv7.contract import DECAY_SCALE, log_decay
 from rwkv7.wkv7.registry import backend_names
 from rwkv7.wkv7.tolerance import GRADIENTS
@@ -99,21 +100,30 @@ def token_loop() -> Subject:
     return Subject(BASELINE, refuses, lambda _: "two einsums a token", prepare)
 
 
-def backend(name: str) -> Subject:
-    """One of this library's backends; ValueError for a name that is not in the table."""
-    if name not in backend_names():
-        raise ValueError(f"backend: expected one of {', '.join(backend_names())}, found {name!r}")
+def backend(text: str) -> Subject:
+    """One of this library's backends by its name, or as it is inside `batch_invariant()` by
+    NAME:invariant; ValueError for a name that is not in the table."""
+    name, _, how = text.partition(":")
+    if name not in backend_names() or text not in (name, f"{name}:invariant"):
+        names = ", ".join(backend_names())
+        raise ValueError(f"backend: expected one of {names}, or NAME:invariant, found {text!r}")
+    mode = batch_invariant if how else contextlib.nullcontext
 
     def told(sample: Sample) -> tuple[str | None, str | None]:
-        found = explain(*sample.inputs, cu_seqlens=sample.cu_seqlens, backend=name)
+        with mode():
+            found = explain(*sample.inputs, cu_seqlens=sample.cu_seqlens, backend=name)
         return found.route, found.refusals.get(name)
 
     def prepare(sample: Sample) -> Prepared:
-        operator = functools.partial(wkv7, cu_seqlens=sample.cu_seqlens, backend=name)
+        def operator(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            with mode():
+                return wkv7(*inputs, cu_seqlens=sample.cu_seqlens, backend=name)
+
         inputs = [*sample.inputs, sample.state]
         return Prepared(operator, inputs, sample.dy, sample.dfinal)
 
-    return Subject(name, lambda s: told(s)[1], lambda s: told(s)[0] or "", prepare)
+    title = f"{name}, batch-invariant" if how else name
+    return Subject(title, lambda s: told(s)[1], lambda s: told(s)[0] or "", prepare)
 
 
 def step() -> Subject:

@@ -49,7 +49,10 @@ def bench(
     ] = "operator",
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="One of ours; may be repeated. Default: all, and a token loop."),
+        typer.Option(
+            help="One of ours, or NAME:invariant, inside batch_invariant(); may be repeated. "
+            "Default: all, and a token loop."
+        ),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Peers in the same run: fla, or by chunk size fla:16,fla:64.")
