@@ -356,6 +356,9 @@ def test_a_document_without_markers_is_left_alone(tmp_path):
 
 
 def test_a_foreign_file_among_the_results_is_named(tmp_path):
-    (tmp_path / "other.json").write_text('{"date": 1}')
-    with pytest.raises(ValueError, match=r"other\.json: not a file of"):
-        results_in(tmp_path)
+    case = {"work": "operator", "dtype": "float32", "shape": "1x1x1x1", "results": [], "torch": "2"}
+    run = {"date": "2026-01-01", "device": "x", "threads": 1, "cases": [case]}
+    for text in ('{"date": 1}', json.dumps(run)):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json: not a file of"):
+            results_in(tmp_path)

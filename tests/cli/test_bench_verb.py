@@ -71,6 +71,13 @@ def test_threads_are_set_and_kept(tmp_path):
     assert json.loads(path.read_text())["threads"] == 1
 
 
+def test_a_run_that_measures_nothing_leaves_no_file(tmp_path, capsys):
+    shape = "--shape", "1x4x1x8", "--device", "cpu"
+    assert run(*shape, "--backend", "cuda", "--dtype", "fp64", "--out", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing was measured: ")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -80,6 +87,10 @@ def test_threads_are_set_and_kept(tmp_path):
         (("--work", "play"), "error: --work: expected one or more of operator, repeated-key"),
         (("--work", "decoding", "--shape", "1x2x3x4"), "error: --shape: expected T = 1"),
         (("--backend", "abacus"), "error: backend: expected one of cuda, triton, torch, reference"),
+        (
+            ("--work", "decoding", "--backend", "torch"),
+            "error: --backend: decoding is wkv7_step_, which chooses its own",
+        ),
         (
             ("--against", "rwkv"),
             "error: --against: expected one of fla, fla:16, fla:32, fla:64, found 'rwkv'",

@@ -13,8 +13,9 @@ from .subjects import BASELINE
 
 _SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _TIMES = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
-# What the cases of one table have in common.
+# What the cases of one table have in common, and what else a case must have.
 _SHARED = ("device", "threads", "work", "dtype")
+_OWN = ("shape", "device_type", "torch", "results")
 
 Case = dict[str, Any]
 
@@ -42,6 +43,8 @@ def results_in(folder: Path) -> list[Case]:
             case = {name: run[name] for name in ("date", "device", "threads", "cases")}
             for found in case.pop("cases"):
                 whole = {**case, **found}
+                if lacking := {*_SHARED, *_OWN} - whole.keys():
+                    raise KeyError(*sorted(lacking))
                 key = tuple(whole[name] for name in (*_SHARED, "shape"))
                 if key not in newest or newest[key]["date"] <= whole["date"]:
                     newest[key] = whole

@@ -51,7 +51,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="One of ours, or NAME:invariant, inside batch_invariant(); may be repeated. "
-            "Default: all, and a token loop."
+            "Default: all, and a token loop. Decoding has one way and asks for none."
         ),
     ] = None,
     against: Annotated[
@@ -85,7 +85,9 @@ def bench(
     place = device_called(device)
     kind = _dtype(dtype, place)
     plan = _plan(work, shape or [], place, against is not None)
-    subjects = _subjects(backend or [], against)
+    if backend and all(name == "decoding" for name, _ in plan):
+        raise ValueError("--backend: decoding is wkv7_step_, which chooses its own")
+    subjects = _subjects(list(dict.fromkeys(backend or [])), against)
     _use(threads)
     out.mkdir(parents=True, exist_ok=True)
     print(f"kept in {_run(plan, kind, place, subjects, profile, out)}")
@@ -196,6 +198,10 @@ def _run(
             write_json(path, run)
         # A file has no width; a table squeezed into 80 columns is hard to read there.
         _show(Console(width=None if sys.stdout.isatty() else _WIDTH), run, case)
+    results = [result for case in run["cases"] for result in case["results"]]
+    if not any(result["errors"] for result in results):
+        path.unlink()  # it would take the place of an older one in the tables
+        raise ValueError(f"nothing was measured: {results[0]['note']}")
     return path
 
 

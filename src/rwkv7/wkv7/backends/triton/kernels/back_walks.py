@@ -208,6 +208,7 @@ def gradient_maps(
     BLOCKS: tl.constexpr = BK // ROWS + (V + ROWS - 1) // ROWS
     pair = tl.program_id(0) // BLOCKS
     h = pair % H
+    # Not packed: any pointer does in the place of the offsets, which are not read.
     start, tokens, _, end, offset = slab_steps(pair // H, low, L, dy_ptr, T, C, False)
     end -= tl.program_id(1) * span
     PARTS: tl.constexpr = 2 if HOW == "halves" else 1

@@ -33,6 +33,7 @@ def _decay_and_slope(w, LOGIT: tl.constexpr):
 
 @triton.jit
 def _dot(x, y, acc):
+    """x y + acc; fp32 factors as they are."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
