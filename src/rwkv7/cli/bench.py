@@ -85,9 +85,7 @@ def bench(
     place = device_called(device)
     kind = _dtype(dtype, place)
     plan = _plan(work, shape or [], place, against is not None)
-    if backend and all(name == "decoding" for name, _ in plan):
-        raise ValueError("--backend: decoding is wkv7_step_, which chooses its own")
-    subjects = _subjects(list(dict.fromkeys(backend or [])), against)
+    subjects = _subjects(plan, backend or [], against)
     _use(threads)
     out.mkdir(parents=True, exist_ok=True)
     print(f"kept in {_run(plan, kind, place, subjects, profile, out)}")
@@ -138,11 +136,15 @@ def _plan(work: str, shapes: list[str], device: torch.device, against: bool) -> 
     return plan
 
 
-def _subjects(backends: list[str], against: str | None) -> Callable[[str], list[Subject]]:
+def _subjects(
+    plan: Plan, backends: list[str], against: str | None
+) -> Callable[[str], list[Subject]]:
     """Who takes part in a work: ours by name or all of them, and the peers."""
     from rwkv7.benchmark import FLA_CHUNKS, backend, fla, step, token_loop
     from rwkv7.wkv7.registry import backend_names
 
+    if backends and all(name == "decoding" for name, _ in plan):
+        raise ValueError("--backend: decoding is wkv7_step_, which chooses its own")
     # Chunk 64 is its own choice for a bounded decay.
     chunks = {"fla": 64, **{f"fla:{chunk}": chunk for chunk in FLA_CHUNKS}}
     wanted = [] if against is None else against.split(",")
@@ -153,7 +155,7 @@ def _subjects(backends: list[str], against: str | None) -> Callable[[str], list[
     # The loops over tokens take all memory on the shapes that peers are measured on.
     loops = [] if peers or backends else [token_loop()]
     names = backends or [name for name in backend_names() if not (peers and name == "reference")]
-    ours = [backend(name) for name in names]
+    ours = [backend(name) for name in dict.fromkeys(names)]
 
     def chosen(work: str) -> list[Subject]:
         # A peer has one way of decoding, whatever its chunks.
