@@ -73,10 +73,9 @@ def bench(
 ) -> None:
     """Measure the operator's backends side by side, and a plain token loop or a peer beside them.
 
-    Forward alone, forward and backward, peak memory beyond the inputs, the first call, and the
-    errors against the recurrence in float64. Every run leaves a JSON file in FOLDER, complete
-    after each measurement; --render puts the newest of them between the markers in a document,
-    or draws a card's under its roof.
+    Forward alone, forward and backward, peak memory beyond the inputs, the first call, and errors
+    against the recurrence in float64. A run leaves a JSON file in FOLDER, whole after each of
+    them; --render puts the newest between a document's markers, or draws a card's under its roof.
     """
     from rwkv7.machine import device_called
 
