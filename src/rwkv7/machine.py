@@ -124,6 +124,7 @@ def describe() -> dict[str, str | int]:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     versions = {name: package_version(name) for name in _PACKAGES}
+    versions["torch"] = str(torch.__version__)  # says too what it is built for, "+cu130"
     return {**found, **{name: version for name, version in versions.items() if version}}
 
 
