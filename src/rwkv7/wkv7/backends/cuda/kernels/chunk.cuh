@@ -248,6 +248,10 @@ DEVICE void turn_operands(char* shared, int step, int part, const Decays& d, flo
     }
 }
 
+// Forward what κ and β lose is kept to the byte, whose smallest number is 2^-16: of numbers about 1/16, as a
+// key's are, nothing would be left of it. So κ and β are taken that much larger, and v and α smaller.
+constexpr float K_ROOM = BACKWARD ? 1.0f : 1.0f / 8, A_ROOM = BACKWARD ? 1.0f : 16.0f;
+
 // The operands of a step, from its rows of the inputs.
 DEVICE void prepare_operands(char* shared) {
     const int step = prepared_step(), first = STEP * step, part = prepared_part();
@@ -255,8 +259,8 @@ DEVICE void prepare_operands(char* shared) {
 #pragma unroll
     for (int i = 0; i < OWN_PARTS; ++i) find_decays(shared, step, part + i, decays[i]);
     const float r_scale = WITH_R ? scale_of(shared + R, first) : 1.0f;
-    const float k_scale = WITH_K ? scale_of(shared + K, first) : 1.0f;
-    const float a_scale = scale_of(shared + A, first);
+    const float k_scale = WITH_K ? scale_of(shared + K, first) * K_ROOM : 1.0f;
+    const float a_scale = scale_of(shared + A, first) * A_ROOM;
     const float r_inverse = inverse_power(r_scale), k_inverse = inverse_power(k_scale);
     const float a_inverse = inverse_power(a_scale);
     if (lane_id() == 0 && part == 0) {
