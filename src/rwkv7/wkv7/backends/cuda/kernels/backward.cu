@@ -187,6 +187,7 @@ DEVICE void rows_back(char* shared, int step, bool brief, Rows& E, float dv[2][4
         if (INPUT_FP16) mma_pair(z, e_low, b);
         columns_operand(b, shared + KEY_BACK, first, block);
         mma_pair(dv, e, b);
+        if (INPUT_FP16) mma_pair(dv, e_low, b);
     }
     if (brief && step == 0) {
         as_left_split(high, b, z);
