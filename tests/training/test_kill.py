@@ -71,3 +71,11 @@ def test_killed_at_random_moments(tmp_path: Path, text: Path) -> None:
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in ("killed", "whole")]
     steps = [[line.split('"seconds"')[0] for line in log.splitlines()] for log in logs]
     assert steps[0] == steps[1]
+
+
+def test_a_run_begins_where_starts_were_killed(tmp_path: Path, text: Path) -> None:
+    """As a kill leaves a folder while the lock is taken, taken over, or data are written."""
+    (tmp_path / "data").mkdir()
+    for name in ("lock", "lock.4711", "data/.train.bin.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    assert train(text, tmp_path, []) == ["0 step-00000030"]

@@ -19,7 +19,7 @@ from rwkv7.files import json_object
 
 __all__ = ["RunIsBusyError", "run_lock"]
 
-NEWBORN = 10.0  # seconds in which a lock file may still be without its content
+NEWBORN = 2.0  # seconds in which a lock file may still be without its content
 _held: set[Path] = set()  # by this process
 
 
@@ -31,10 +31,12 @@ class RunIsBusyError(ValueError):
 def run_lock(run: Path) -> Iterator[None]:
     """Holds RUN/lock while the block runs. Raises RunIsBusyError when another process does.
 
-    The lock of a process of this machine that is no longer alive is taken over.
+    The lock of a process of this machine that is no longer alive is taken over; so is one that
+    stays without content, for its process was killed as it began.
     """
     path = run.resolve() / "lock"
     if not _create(path):
+        _wait_for_content(path)
         _remove_if_stale(path)
         if not _create(path):
             raise RunIsBusyError(_busy(path))
@@ -75,12 +77,26 @@ def _remove_if_stale(path: Path) -> None:
             aside.rename(path)
 
 
-def _stale(content: bytes, age: float) -> bool:
+def _wait_for_content(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        while _owner(path.read_bytes()) is None and time.time() - path.stat().st_mtime <= NEWBORN:
+            time.sleep(0.05)
+
+
+def _owner(content: bytes) -> tuple[int, object] | None:
+    """Number and host of the process that a lock names; None where it names none."""
     try:
         owner = json_object(content)
-        pid, host = int(owner["pid"]), owner["host"]
+        return int(owner["pid"]), owner["host"]
     except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _stale(content: bytes, age: float) -> bool:
+    owner = _owner(content)
+    if owner is None:
         return age > NEWBORN
+    pid, host = owner
     # This very process does not hold it, or `_held` would say so: its number was used before.
     return host == socket.gethostname() and (pid == os.getpid() or not _alive(pid))
 

@@ -59,7 +59,7 @@ from .watch.report import Report, ReportToAll
 __all__ = ["choose_device", "plan_training", "resume_training", "train_model", "tune_model"]
 
 _LEFTOVER = re.compile(
-    r"lock|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
+    r"lock(\.\d+)?|data|data/\.?(train\.bin|train\.idx|held_out\.bin|held_out\.idx|data\.json).*"
     r"|checkpoints|checkpoints/\..*\.partial"
 )
 
