@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -52,34 +51,34 @@ def test_whose_lock_counts(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_without_content_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"pid": Infinity, "host": ""}', "[" * 100_000])
+def test_a_lock_that_names_nobody_is_waited_for(tmp_path: Path, content: str) -> None:
     """Its process is about to write it, or was killed before it did."""
     path = tmp_path / "lock"
-    path.touch()
+    path.write_text(content)
     writing = threading.Timer(0.3, lambda: write(tmp_path, 1, "another-machine"))
     writing.start()
     with pytest.raises(RunIsBusyError, match="on another-machine"), run_lock(tmp_path):
         pass
     writing.join()
-    path.write_bytes(b"")
+    path.write_text(content)
+    old = path.stat().st_mtime - NEWBORN - 1
+    os.utime(path, (old, old))
     with run_lock(tmp_path):
-        assert time.time() - path.stat().st_mtime < NEWBORN
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_stays_without_content_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with run_lock(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("pid", [10**30, 0, -1])
 def test_a_number_of_no_process_does_not_lock(tmp_path: Path, pid: int) -> None:
     write(tmp_path, pid, HOST)
-    with run_lock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("content", ["[]", "3", '{"pid": Infinity, "host": ""}', "[" * 100_000])
-def test_a_lock_of_another_shape_names_nobody(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "lock"
-    path.write_text(content)
-    old = path.stat().st_mtime - NEWBORN - 1
-    os.utime(path, (old, old))
     with run_lock(tmp_path):
         pass
 

@@ -123,10 +123,11 @@ def _alive(pid: int) -> bool:
 
 
 def _busy(path: Path) -> str:
-    owner = {}
-    with contextlib.suppress(OSError, ValueError):
-        owner = json_object(path.read_bytes())
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'some machine')}"
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = _owner(path.read_bytes())
+    pid, host = owner or ("?", "some machine")
+    who = f"process {pid} on {host}"
     return (
         f"{path.parent}: {who} is training in this folder. Wait for it, or choose another folder; "
         f"if it is certain that none is, delete {path}"

@@ -168,9 +168,9 @@ def first_of_run(slots: Tensor) -> int | None:
 def _check_slots(slots: Tensor, pool: int) -> None:
     used = slots[slots >= 0]
     if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= pool):
-        rows = f"rows 0 to {pool - 1} of the pool" if pool else "no rows of an empty pool"
+        rows = f" or rows 0 to {pool - 1} of the pool" if pool else " alone, for the pool is empty"
         raise ValueError(
-            f"slots: expected -1 (skip) or {rows}, found {int(slots.min())} to {int(slots.max())}"
+            f"slots: expected -1 (skip){rows}, found {int(slots.min())} to {int(slots.max())}"
         )
     if used.unique().numel() != used.numel():
         raise ValueError(f"slots: a row may be named once only, found {slots.tolist()}")

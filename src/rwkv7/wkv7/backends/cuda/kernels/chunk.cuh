@@ -249,7 +249,7 @@ DEVICE void turn_operands(char* shared, int step, int part, const Decays& d, flo
 }
 
 // Forward what κ and β lose is kept to the byte, whose smallest number is 2^-16: of numbers about 1/16, as a
-// key's are, nothing would be left of it. So κ and β are taken that much larger, and v and α smaller.
+// key's are, nothing would be left of it. So κ is taken 8 times larger and β 16 times, v and α smaller.
 constexpr float K_ROOM = BACKWARD ? 1.0f : 1.0f / 8, A_ROOM = BACKWARD ? 1.0f : 16.0f;
 
 // The operands of a step, from its rows of the inputs.
